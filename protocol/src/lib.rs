@@ -1,0 +1,27 @@
+//! What the parts of Sepal say to each other.
+//!
+//! * [`agent`]: the shim's calls to the guest agent (`proto/agent.proto`), over ttrpc on vsock.
+//! * [`vm`]: the specification of a VM, from the shim to the VMM.
+//! * [`control`]: the messages on the VMM's control socket.
+//! * [`config`]: the configuration file of the shim and of `sepal`.
+//! * [`ports`], [`paths`]: numbers and names both sides must agree on.
+//! * [`ready`]: the one line by which the agent says that it serves.
+//!
+//! Nothing here acts: the three programs depend on this crate and never on each other.
+
+pub mod config;
+pub mod control;
+pub mod paths;
+pub mod ports;
+pub mod ready;
+pub mod vm;
+
+mod generated {
+    #![allow(missing_docs, clippy::all, rustdoc::all)]
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+}
+
+/// Messages of `proto/agent.proto`.
+pub use generated::agent;
+/// Client and service trait of `proto/agent.proto`.
+pub use generated::agent_ttrpc;
