@@ -1,0 +1,54 @@
+# Sepal: build, show, test and measure. Each target works on a fresh Debian 12 machine as root;
+# what is expensive (guest kernels, test tools, images) is cached in SEPAL_CACHE by its inputs.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := build
+
+CARGO_TARGET_DIR ?= $(CURDIR)/target
+export CARGO_TARGET_DIR
+export SEPAL_CACHE ?= /var/cache/sepal
+BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
+
+.PHONY: build programs kernel image deps lint unit e2e-native e2e-node test demo bench install clean
+
+## build: programs, guest kernels and guest image
+build: programs kernel image
+
+deps:
+	tests/install-deps
+
+programs: deps
+	cargo build --release --workspace --exclude sepal-tests
+
+kernel: deps
+	kernel-config/build all
+
+image: programs
+	rootfs/build all
+
+## install: put what was built under /opt/sepal and the shim on containerd's PATH
+install: build
+	deploy/install --bin $(BIN)
+
+## demo: a Debian container and an nginx pod in microVMs, on this machine
+demo: build
+	tests/demo
+
+lint: deps
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	tests/tools/cargo-deny check bans licenses sources
+
+unit: deps
+	cargo test --workspace --exclude sepal-tests
+
+## test: everything: lint, unit tests, end-to-end tests in the beds this machine can do
+test:
+	tests/run-all
+
+## bench: start-up, memory, file and network figures side by side with runc; writes JSON
+bench: build
+	tests/bench
+
+clean:
+	cargo clean
