@@ -28,6 +28,10 @@ pub enum DeviceType {
 }
 
 /// How a device reaches its driver. The transport implements it; tests have one of their own.
+///
+/// Called from the device's worker thread at any time, also while a vCPU thread waits for that
+/// worker in [`VirtioDevice::reset`]: no method may wait for a lock that is held around calls of
+/// the device.
 pub trait Interrupt: Send + Sync {
     /// Tells the driver that used buffers wait in queue `index`.
     fn used(&self, index: u16);

@@ -3,5 +3,22 @@
 //! A device is a plain value that a transport (`crate::pci`) configures. When the driver says
 //! DRIVER_OK the transport hands the device its [`device::Activation`]; the device moves what it
 //! needs into one worker thread ([`worker`]) and serves its queues from there until it is reset.
+//!
+//! Guest memory is reached through [`ring`] (descriptor chains, checked as a whole before a device
+//! sees them) and [`buffer`] (their bytes); no device handles a guest address of a ring itself.
 
+pub mod buffer;
+pub mod console;
 pub mod device;
+pub mod error;
+pub mod features;
+pub mod pmem;
+pub mod ring;
+pub mod rng;
+pub mod sys;
+pub mod worker;
+
+#[cfg(test)]
+mod ring_test;
+#[cfg(test)]
+pub(crate) mod testing;
