@@ -1,2 +1,72 @@
-//! Placeholder until the program lands.
-fn main() {}
+//! `sepal-fs`: the file server of one pod.
+//!
+//! The shim starts one per pod, hands it a listening Unix socket and the pod's share, and passes the
+//! connected end to the VMM, whose virtio-fs device is the vhost-user front end. The program serves
+//! that one front end and ends with it. File operations are those of the `virtiofsd` crate; what is
+//! ours is how the process is confined ([`confine`], [`filter`]), configured ([`share`]) and tied to
+//! its pod ([`serve`]); how requests
+//! come in and answers go out ([`backend`], [`workers`]).
+//!
+//! What it may be asked by a hostile guest: anything that FUSE can say. What it can reach then: the
+//! share, and nothing else; no other file, no network, no other process.
+
+mod backend;
+mod confine;
+mod filter;
+mod logger;
+mod serve;
+mod share;
+mod sys;
+mod workers;
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+
+/// Serves a directory to a virtual machine over vhost-user.
+#[derive(Debug, Parser)]
+#[command(name = "sepal-fs", version)]
+struct Args {
+    /// Descriptor of a listening Unix stream socket; one front end is accepted on it.
+    #[arg(long, value_name = "N")]
+    listen_fd: RawFd,
+    /// The directory to serve: a mount point of its own with shared propagation, so that what is
+    /// mounted below it later appears.
+    #[arg(long, value_name = "DIR")]
+    share: PathBuf,
+    /// error, warn, info, debug or trace.
+    #[arg(long, default_value = "warn")]
+    log_level: log::LevelFilter,
+    /// Most threads for requests that take long, beside the one that watches the queues.
+    #[arg(long, default_value_t = serve::DEFAULT_THREADS, value_parser = clap::value_parser!(u8).range(0..=64))]
+    threads: u8,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("sepal-fs: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> anyhow::Result<()> {
+    logger::install(args.log_level);
+    let listener = sys::listener(args.listen_fd)
+        .with_context(|| format!("descriptor {} is not a listening socket", args.listen_fd))?;
+    let parent = sys::parent().context("cannot watch the parent process")?;
+    let descriptors = share::raise_descriptor_limit()?;
+
+    let proc = confine::enter(&args.share)?;
+    let fs = share::file_system(proc, descriptors, args.threads)?;
+    confine::drop_privileges()?;
+    filter::install()?;
+
+    serve::serve(fs, listener, parent, args.threads.into())
+}

@@ -1,0 +1,155 @@
+//! Makes the share the whole world of this process.
+//!
+//! Runs once, on the only thread, before the first byte from the guest is looked at.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsFd;
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
+use capng::{Action, Set, Type};
+use nix::fcntl::{OFlag, open, openat};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::prctl;
+use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::stat::Mode;
+use nix::unistd::{fchdir, pivot_root};
+
+use crate::sys;
+
+/// What serving files takes, and no more: give files the guest's owners, modes, devices and file
+/// capabilities, become the guest's user while creating, and open inodes by handle.
+const CAPABILITIES: [&str; 9] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "MKNOD",
+    "SETFCAP",
+    "SETGID",
+    "SETUID",
+];
+
+/// What of /proc is needed inside the confinement, where there is no /proc.
+pub struct Proc {
+    /// A directory of this process's descriptors with nothing above it.
+    pub descriptors: File,
+    /// The mounts of the share, as they come and go.
+    pub mounts: File,
+}
+
+/// Enters namespaces of our own in which the share is the root directory.
+///
+/// Mounts that the shim makes below the share afterwards appear here, because our copy of the share
+/// is a slave (mount_namespaces(7)) of the shim's; nothing travels the other way.
+///
+/// The network namespace stays the pod's: the filter of system calls has no socket(2), and making an
+/// empty namespace costs more than everything else here.
+///
+/// # Errors
+/// The share is not a shared mount point, or the kernel refuses a step.
+pub fn enter(share: &Path) -> anyhow::Result<Proc> {
+    let shown = share.display();
+    let directory = open(share, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open the share {shown}"))?;
+    check_shared(&directory).with_context(|| format!("cannot serve {shown}"))?;
+
+    let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+    unshare(flags).context("cannot make namespaces (root is needed)")?;
+    let none: Option<&str> = None;
+    mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
+        .context("cannot make the mounts private")?;
+    let proc_self = open("/proc/self", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
+        .context("cannot open /proc/self")?;
+    let fds = CString::new(format!("/proc/{}/fd", std::process::id()))?;
+    let descriptors = sys::detached_tree(&fds).context("cannot clone /proc/self/fd")?;
+
+    // The directory opened above belongs to the mount namespace that we have left.
+    let root = open(share, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open the share {shown}"))?;
+    fchdir(&root).context("cannot enter the share")?;
+    pivot_root(".", ".").context("cannot make the share the root directory")?;
+    // The old root now lies on top of the new one.
+    umount2(".", MntFlags::MNT_DETACH).context("cannot leave the old root directory")?;
+    fchdir(&root).context("cannot enter the share")?;
+
+    // Only now: the file shows the mounts below the root directory at the time it is opened.
+    let mounts = openat(&proc_self, "mountinfo", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
+        .context("cannot open /proc/self/mountinfo")?;
+    Ok(Proc { descriptors, mounts: mounts.into() })
+}
+
+/// Refuses a share into which later mounts would not propagate.
+fn check_shared(directory: &impl AsFd) -> anyhow::Result<()> {
+    let mount = sys::mount_of(directory).context("the kernel does not tell its mount (Linux 5.8)")?;
+    ensure!(mount.is_root, "it is not a mount point (mount --bind it onto itself)");
+    let mountinfo = File::open("/proc/self/mountinfo").context("cannot read the mounts")?;
+    match propagation(BufReader::new(mountinfo), mount.id)? {
+        Some(true) => Ok(()),
+        Some(false) => bail!("its mount is not shared (mount --make-shared)"),
+        None => bail!("its mount is not in /proc/self/mountinfo"),
+    }
+}
+
+/// Whether the mount with this id is shared; none where there is no such mount (proc(5),
+/// /proc/pid/mountinfo: field 1 is the id, the optional fields follow the sixth up to a hyphen).
+fn propagation(mountinfo: impl Read + BufRead, id: u64) -> std::io::Result<Option<bool>> {
+    let id = id.to_string();
+    // Bytes, because mount points need not be UTF-8.
+    for line in mountinfo.split(b'\n') {
+        let line = line?;
+        let mut fields = line.split(|&b| b == b' ');
+        if fields.next() == Some(id.as_bytes()) {
+            let mut optional = fields.skip(5).take_while(|&field| field != b"-");
+            return Ok(Some(optional.any(|field| field.starts_with(b"shared:"))));
+        }
+    }
+    Ok(None)
+}
+
+/// Gives up every capability that serving files does not take, for good, and hides this process's
+/// memory from others.
+///
+/// # Errors
+/// The process lacks a needed capability, or may not drop the others.
+pub fn drop_privileges() -> anyhow::Result<()> {
+    capng::clear(Set::BOTH);
+    capng::updatev(Action::ADD, Type::PERMITTED | Type::EFFECTIVE, CAPABILITIES.to_vec())
+        .context("cannot choose capabilities")?;
+    capng::apply(Set::BOTH).context("cannot drop capabilities (root is needed)")?;
+    prctl::set_no_new_privs().context("cannot set no_new_privs")?;
+    prctl::set_dumpable(false).context("cannot make the process undumpable")?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).context("cannot turn core dumps off")?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOUNTINFO: &[u8] = b"22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n\
+        30 22 0:25 / /a\\040b rw shared:7 master:3 - tmpfs t rw\n\
+        31 22 0:26 / /\xff rw master:3 - tmpfs t rw\n\
+        32 22 0:27 / /shared:9 rw - tmpfs shared:9 rw\n";
+
+    #[test]
+    fn propagation_is_read_from_the_optional_fields_only() {
+        for (id, expected) in
+            [(22, Some(true)), (30, Some(true)), (31, Some(false)), (32, Some(false)), (2, None)]
+        {
+            assert_eq!(propagation(MOUNTINFO, id).unwrap(), expected, "mount {id}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_no_mount_point_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let opened = File::open(directory.path()).unwrap();
+        let message = check_shared(&opened).unwrap_err().to_string();
+        assert!(message.contains("not a mount point"), "{message}");
+    }
+}

@@ -1,0 +1,94 @@
+//! The share as a file system: which of virtiofsd's choices apply, and why.
+
+use std::time::Duration;
+
+use anyhow::{Context, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use virtiofsd::passthrough::{
+    CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
+};
+
+use crate::confine::Proc;
+
+/// The file system that is served.
+pub type Files = PassthroughFs;
+
+/// Descriptors kept back from the guest: sockets, eventfds, memory regions, mounts, and one in
+/// flight per thread.
+const RESERVED_DESCRIPTORS: u64 = 64;
+/// Below this many descriptors a container could not even start.
+const LEAST_DESCRIPTORS: u64 = 512;
+/// How long the guest trusts a name or attributes before it asks again.
+///
+/// Volumes are shared with the host, where files change without the guest's doing; a second is
+/// what containers on network file systems live with. Data is not covered by it: with
+/// [`CachePolicy::Auto`] the guest drops cached data at each open when the file has changed.
+const TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Raises the limit of open descriptors to what the kernel allows at most, or, without the
+/// capability for that, to the hard limit. Answers the limit.
+///
+/// File systems without file handles (overlayfs as containerd mounts it) cost one descriptor per
+/// inode that the guest remembers.
+///
+/// # Errors
+/// The limit is too low for any container.
+pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the descriptor limit")?;
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open")
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or(hard);
+    let mut limit = most.max(hard);
+    if setrlimit(Resource::RLIMIT_NOFILE, limit, limit).is_err() {
+        limit = hard;
+        setrlimit(Resource::RLIMIT_NOFILE, limit, limit)
+            .context("cannot raise the descriptor limit")?;
+    }
+    ensure!(
+        limit >= LEAST_DESCRIPTORS,
+        "the limit of {limit} open files is too low (ulimit -n, at least {LEAST_DESCRIPTORS})"
+    );
+    Ok(limit)
+}
+
+/// The file system below the root directory of this (confined) process.
+///
+/// # Errors
+/// File handles cannot be opened.
+pub fn file_system(proc: Proc, descriptors: u64, threads: u8) -> anyhow::Result<Files> {
+    let config = Config {
+        entry_timeout: TIMEOUT,
+        attr_timeout: TIMEOUT,
+        cache_policy: CachePolicy::Auto,
+        // With write-back the guest would own sizes and times, and a volume's file changed on the
+        // host would be overwritten by what the guest remembers.
+        writeback: false,
+        root_dir: "/".into(),
+        // Inodes of different mounts may have equal numbers: the guest makes each mount a file
+        // system of its own with its own st_dev.
+        announce_submounts: true,
+        // Where the host's file system has handles, an inode the guest remembers costs no
+        // descriptor; elsewhere it is held open.
+        inode_file_handles: InodeFileHandlesMode::Prefer,
+        proc_sfd_rawfd: Some(proc.descriptors),
+        proc_mountinfo_rawfd: Some(proc.mounts),
+        // Saves a request per entry for `ls -l` and `find`.
+        readdirplus: true,
+        xattr: true,
+        posix_acl: NegotiationMode::Auto,
+        // No security module labels files from inside a guest.
+        security_label: NegotiationMode::Never,
+        // The server drops setuid, setgid and capabilities of a file on write, truncate and chown
+        // in the same request, so that the guest need not look for them before each write.
+        killpriv_v2: true,
+        // The host's page cache is shared by all pods and is what makes an image's second pod
+        // quick; the guest's O_DIRECT bypasses the guest's cache only.
+        allow_direct_io: false,
+        // Files of other owners in a volume must stay readable for programs that ask for it.
+        clean_noatime: true,
+        guest_fd_limit: descriptors - RESERVED_DESCRIPTORS - u64::from(threads),
+        ..Config::default()
+    };
+    PassthroughFs::new(config).context("cannot serve the share")
+}
