@@ -1,0 +1,87 @@
+//! The host processes of a pod, found from the outside as an administrator would.
+
+use crate::{Bed, Container, Outcome};
+
+/// A program of a pod.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PodProcess {
+    /// containerd's shim.
+    Shim,
+    /// The VMM.
+    Vmm,
+    /// The file server.
+    Fs,
+}
+
+struct Process {
+    pid: u32,
+    parent: u32,
+    /// Command line, or the name in brackets when there is none (a zombie).
+    command: String,
+}
+
+fn processes(bed: &Bed) -> Vec<Process> {
+    let list = bed.command(["ps", "-ww", "-eo", "pid=,ppid=,args="]).run().success().out();
+    list.lines()
+        .filter_map(|line| {
+            let mut words = line.split_whitespace();
+            let pid = words.next()?.parse().ok()?;
+            let parent = words.next()?.parse().ok()?;
+            Some(Process { pid, parent, command: words.collect::<Vec<_>>().join(" ") })
+        })
+        .collect()
+}
+
+impl PodProcess {
+    fn program(self) -> &'static str {
+        match self {
+            Self::Shim => "containerd-shim-",
+            Self::Vmm => "sepal-vmm",
+            Self::Fs => "sepal-fs",
+        }
+    }
+}
+
+impl Container<'_> {
+    /// The pid, in the bed, of a program of this container's pod.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[track_caller]
+    pub fn pid_of(&self, bed: &Bed, what: PodProcess) -> u32 {
+        let all = processes(bed);
+        let id = self.full_id();
+        let shim = all
+            .iter()
+            .find(|process| {
+                process.command.contains(PodProcess::Shim.program())
+                    && process.command.contains(&format!("-id {id} "))
+            })
+            .unwrap_or_else(|| panic!("no shim of container {id}"));
+        if what == PodProcess::Shim {
+            return shim.pid;
+        }
+        // Not always a child: what confines a program may stand in between.
+        let of_the_shim = |process: &Process| {
+            let mut pid = process.parent;
+            while pid > 1 && pid != shim.pid {
+                pid = all.iter().find(|other| other.pid == pid).map_or(0, |other| other.parent);
+            }
+            pid == shim.pid
+        };
+        all.iter()
+            .find(|process| {
+                let program = process.command.split_whitespace().next().unwrap_or_default();
+                program.ends_with(what.program()) && of_the_shim(process)
+            })
+            .unwrap_or_else(|| panic!("no {} of container {id}", what.program()))
+            .pid
+    }
+
+    /// Kills a program of this container's pod as `kill -9` does.
+    #[track_caller]
+    pub fn kill_9(&self, bed: &Bed, what: PodProcess) -> Outcome {
+        let pid = self.pid_of(bed, what).to_string();
+        bed.command(["kill", "-9", &pid]).run().success()
+    }
+}
