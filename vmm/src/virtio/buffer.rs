@@ -66,25 +66,29 @@ impl<'m> Segments<'m> {
         }
     }
 
-    /// Cuts off the first `count` bytes, or all there are.
-    fn take(&mut self, count: usize) -> Self {
+    /// The first `count` bytes, or all there are, without consuming them.
+    fn front(&self, count: usize) -> Self {
         let count = count.min(self.len);
-        let mut head = Self::new();
-        let mut left = count;
+        let mut front = Self::new();
         for piece in &self.pieces[self.first..] {
-            if left == 0 {
+            let iov_len = piece.iov_len.min(count - front.len);
+            if iov_len == 0 {
                 break;
             }
-            let iov_len = piece.iov_len.min(left);
-            head.pieces.push(libc::iovec {
+            front.pieces.push(libc::iovec {
                 iov_base: piece.iov_base,
                 iov_len,
             });
-            left -= iov_len;
+            front.len += iov_len;
         }
-        head.len = count;
-        self.consume(count);
-        head
+        front
+    }
+
+    /// Cuts off the first `count` bytes, or all there are.
+    fn take(&mut self, count: usize) -> Self {
+        let front = self.front(count);
+        self.consume(front.len);
+        front
     }
 
     /// Calls `copy` with each piece of the first `count` bytes and the offset of the piece.
@@ -264,15 +268,9 @@ impl<'m> Writer<'m> {
         self.0.len += other.0.len;
     }
 
-    /// A second view of the same buffers, for what is written out of order.
-    pub fn again(&self) -> Self {
-        let pieces = self.0.pieces[self.0.first..].to_vec();
-        Self(Segments {
-            pieces,
-            first: 0,
-            len: self.0.len,
-            memory: PhantomData,
-        })
+    /// A view of the first `count` bytes, or of all there are, that leaves them here.
+    pub fn front(&self, count: usize) -> Self {
+        Self(self.0.front(count))
     }
 
     /// Reads from a file, at most [`MAX_SEGMENTS`] buffers, and consumes what came.

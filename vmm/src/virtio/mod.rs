@@ -16,6 +16,7 @@ pub mod pmem;
 pub mod ring;
 pub mod rng;
 pub mod sys;
+pub mod vsock;
 pub mod worker;
 
 #[cfg(test)]
