@@ -1,1 +1,34 @@
-//! x
+//! The shim: containerd's runtime v2 service for pods that are virtual machines.
+//!
+//! Read in this order: [`task`] (RPC in, event out), [`service`] (what is done for a container),
+//! [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`spec`], [`size`] and
+//! [`network::mirror`] are pure; [`rootfs`], [`network`], [`cgroup`], [`hooks`] and [`stdio`] touch
+//! the host; [`cleanup`] undoes what they do, also after a crash.
+
+pub mod agent;
+pub mod annotations;
+pub mod cgroup;
+pub mod cleanup;
+pub mod container;
+pub mod error;
+pub mod events;
+pub mod hooks;
+pub mod log;
+pub mod logger;
+pub mod network;
+pub mod pod;
+pub mod rootfs;
+pub mod serve;
+pub mod service;
+pub mod size;
+pub mod spec;
+pub mod start;
+pub mod stats;
+pub mod stdio;
+pub mod sys;
+pub mod task;
+pub mod timeline;
+pub mod vm;
+
+/// How containerd names the runtime.
+pub const RUNTIME: &str = "io.containerd.sepal.v2";

@@ -1,0 +1,209 @@
+//! The guest's agent, from the host's side. The guest is hostile: every answer is bounded in size
+//! (ttrpc: 4 MiB) and in time, and nothing in it is trusted.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sepal_protocol::agent::{
+    ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest, ProcessCreated,
+    ProcessExit, ProcessId, ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats,
+    UpdateContainerRequest,
+};
+use sepal_protocol::agent_ttrpc::AgentClient;
+use sepal_protocol::ready::{AgentReady, MAX_LINE};
+use sepal_protocol::{paths, ports};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{UnixListener, UnixStream};
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{self, Context};
+
+/// Longest wait for a call that only looks or sets something.
+const SHORT: Duration = Duration::from_secs(10);
+/// Longest wait for a call that makes or removes something: disks may be slow.
+const LONG: Duration = Duration::from_secs(60);
+/// Longest wait for a connection into the guest.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// Why the agent did not do something.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's text is its documentation")]
+pub enum Error {
+    #[error("the guest's agent was not ready within {seconds} s")]
+    NotReady { seconds: u64 },
+    #[error("the guest's agent: {what}: {source}")]
+    Connect { what: &'static str, source: std::io::Error },
+    #[error("the guest's agent announced itself with what is no announcement: {0}")]
+    Announcement(serde_json::Error),
+    #[error("the guest refused the connection to port {port}")]
+    Refused { port: u32 },
+    /// What the agent answers is told as it is: it names the cause.
+    #[error("{}", message(.source))]
+    Call { call: &'static str, source: ttrpc::Error },
+}
+
+fn message(source: &ttrpc::Error) -> String {
+    match source {
+        ttrpc::Error::RpcStatus(status) => status.message().to_string(),
+        other => format!("the guest's agent: {other}"),
+    }
+}
+
+impl Error {
+    /// The agent's own code, if it has answered.
+    pub fn code(&self) -> Option<ttrpc::Code> {
+        match self {
+            Self::Call { source: ttrpc::Error::RpcStatus(status), .. } => Some(status.code()),
+            _ => None,
+        }
+    }
+}
+
+/// Waits for the agent's first words.
+///
+/// # Errors
+/// They do not come in time, or are none.
+pub async fn ready(listener: &UnixListener, limit: Duration) -> Result<AgentReady, Error> {
+    let failed = |what| move |source| Error::Connect { what, source };
+    let hear = async {
+        let (stream, _) = listener.accept().await.map_err(failed("no announcement"))?;
+        let mut line = Vec::new();
+        let most = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
+        stream
+            .take(most)
+            .read_to_end(&mut line)
+            .await
+            .map_err(failed("cannot read the announcement"))?;
+        serde_json::from_slice(&line).map_err(Error::Announcement)
+    };
+    tokio::time::timeout(limit, hear)
+        .await
+        .map_err(|_| Error::NotReady { seconds: limit.as_secs() })?
+}
+
+/// Where guest-dialled `port` arrives.
+pub fn host_socket(pod: &Path, port: u32) -> PathBuf {
+    pod.join(format!("{}_{port}", paths::pod::VSOCK))
+}
+
+/// Connects to a port in the guest through the VMM's socket.
+///
+/// # Errors
+/// The VMM is gone, or nothing listens there.
+pub async fn dial(vsock: &Path, port: u32) -> Result<UnixStream, Error> {
+    let failed = |source| Error::Connect { what: "cannot connect", source };
+    let connect = async {
+        let mut stream = UnixStream::connect(vsock).await.map_err(failed)?;
+        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(failed)?;
+        // Byte by byte: what follows the line belongs to whoever uses the connection.
+        let mut answer = Vec::new();
+        while answer.last() != Some(&b'\n') {
+            let byte = stream.read_u8().await.map_err(|source| {
+                // The VMM closes a connection that the guest has refused.
+                if source.kind() == std::io::ErrorKind::UnexpectedEof {
+                    Error::Refused { port }
+                } else {
+                    failed(source)
+                }
+            })?;
+            answer.push(byte);
+            if answer.len() > 32 {
+                return Err(Error::Refused { port });
+            }
+        }
+        if answer.starts_with(b"OK ") { Ok(stream) } else { Err(Error::Refused { port }) }
+    };
+    tokio::time::timeout(CONNECT, connect)
+        .await
+        .map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))?
+}
+
+/// The agent of one pod.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+    vsock: PathBuf,
+}
+
+fn within(limit: Duration) -> Context {
+    context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
+}
+
+macro_rules! calls {
+    ($($(#[$doc:meta])* $name:ident($request:ty) -> $answer:ty, $limit:expr;)*) => {
+        $(
+            $(#[$doc])*
+            ///
+            /// # Errors
+            /// What the agent answers, or that it does not.
+            pub async fn $name(&self, request: &$request) -> Result<$answer, Error> {
+                self.client
+                    .$name($limit, request)
+                    .await
+                    .map_err(|source| Error::Call { call: stringify!($name), source })
+            }
+        )*
+    };
+}
+
+impl Agent {
+    /// Connects to the agent's service.
+    ///
+    /// # Errors
+    /// As [`dial`].
+    pub async fn connect(vsock: &Path) -> Result<Self, Error> {
+        let stream = dial(vsock, ports::AGENT).await?;
+        let client = AgentClient::new(Client::new(Socket::new(stream)));
+        Ok(Self { client, vsock: vsock.into() })
+    }
+
+    /// Opens a stream for a process's standard input or output; answers with its token.
+    ///
+    /// # Errors
+    /// As [`dial`].
+    pub async fn stdio(&self) -> Result<(UnixStream, Vec<u8>), Error> {
+        let failed = |source| Error::Connect { what: "cannot open a stream", source };
+        let mut token = [0_u8; ports::STDIO_TOKEN_LEN];
+        std::fs::File::open("/dev/urandom")
+            .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut token))
+            .map_err(failed)?;
+        let mut stream = dial(&self.vsock, ports::STDIO).await?;
+        stream.write_all(&token).await.map_err(failed)?;
+        Ok((stream, token.to_vec()))
+    }
+
+    calls! {
+        /// Network, names and clock of the pod.
+        set_up_pod(SetUpPodRequest) -> Empty, within(LONG);
+        /// Makes a container; its process does not run yet.
+        create_container(CreateContainerRequest) -> ProcessCreated, within(LONG);
+        /// Makes a further process of a container.
+        exec_process(ExecProcessRequest) -> ProcessCreated, within(LONG);
+        /// Lets a process run.
+        start_process(ProcessId) -> ProcessCreated, within(LONG);
+        /// Answers when the process has ended, however long that takes.
+        wait_process(ProcessId) -> ProcessExit, Context::default();
+        /// Sends a signal.
+        signal_process(SignalProcessRequest) -> Empty, within(SHORT);
+        /// Sets a terminal's size.
+        resize_terminal(ResizeTerminalRequest) -> Empty, within(SHORT);
+        /// Removes an ended process.
+        delete_process(ProcessId) -> ProcessExit, within(LONG);
+        /// Freezes a container.
+        pause_container(ContainerId) -> Empty, within(SHORT);
+        /// Thaws a container.
+        resume_container(ContainerId) -> Empty, within(SHORT);
+        /// Sets a container's limits.
+        update_container(UpdateContainerRequest) -> Empty, within(SHORT);
+        /// What a container uses.
+        container_stats(ContainerId) -> Stats, within(SHORT);
+        /// Answers with the next event, however long that takes.
+        next_event(Empty) -> Event, Context::default();
+        /// Writes back what is dirty and powers off.
+        shutdown(Empty) -> Empty, within(SHORT);
+    }
+}
+
+#[cfg(test)]
+#[path = "agent_test.rs"]
+mod tests;

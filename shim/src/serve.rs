@@ -1,0 +1,77 @@
+//! The server: one process per pod, from `start` to containerd's Shutdown.
+
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use containerd_shim::Flags;
+use containerd_shim_protos::shim_async::create_task;
+use containerd_shim_protos::ttrpc::asynchronous::Server;
+use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
+use sepal_protocol::config::{Config, LogLevel};
+use tokio::sync::Notify;
+
+use crate::error::Error;
+use crate::events::Events;
+use crate::pod::{Identity, Pod};
+use crate::task::TaskService;
+use crate::timeline::Timeline;
+use crate::{log, start, sys};
+
+/// containerd's socket for events.
+const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
+/// Longest wait for containerd to take the last events.
+const LAST_EVENTS: Duration = Duration::from_secs(2);
+
+/// Serves the pod whose bundle is the working directory, until containerd has no more use for it.
+///
+/// # Errors
+/// There is no socket to serve on.
+pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
+    let timeline = Timeline::default();
+    let begun = std::env::var(start::STARTED).ok().and_then(|text| text.parse().ok());
+    timeline.note_at("shim", begun.unwrap_or_else(sys::monotonic_us));
+    let bundle = std::env::current_dir().context("the bundle")?;
+    let config = Config::load_default();
+    let asked = config.as_ref().map_or(LogLevel::Info, |config| config.log_level);
+    log::init(&bundle, if flags.debug { asked.max(LogLevel::Debug) } else { asked });
+    timeline.note("serving");
+
+    let address = std::env::var(TTRPC_ADDRESS).context(TTRPC_ADDRESS)?;
+    let events = Events::start(&flags.namespace, address);
+    let identity =
+        Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
+    let pod = match config {
+        Ok(config) => Pod::begin(identity, state_root, config, events.clone(), timeline).await,
+        Err(e) => Err(Error::Config(e)),
+    };
+    if let Err(e) = &pod {
+        tracing::error!("there will be no pod: {e}");
+    }
+    let begun = pod.as_ref().ok().cloned();
+
+    let listener = UnixListener::from(sys::take_inherited().context("the listening socket")?);
+    let listener = Listener::try_from(listener).context("the listening socket")?;
+    let exit = Arc::new(Notify::new());
+    let task = Arc::new(TaskService::new(pod, exit.clone()));
+    let mut services = create_task(task.clone());
+    // The messages are the same; only the name of the service differs between the versions.
+    for (name, service) in create_task(task) {
+        services.insert(name.replace(".v3.", ".v2."), service);
+    }
+    let mut server = Server::new().register_service(services).add_listener(listener);
+    server.start().await.context("the Task service")?;
+    tracing::debug!("serving");
+    exit.notified().await;
+
+    if let Some(pod) = begun {
+        pod.remove().await;
+    }
+    events.drain(LAST_EVENTS).await;
+    let _ = std::fs::remove_file(flags.socket.trim_start_matches("unix://"));
+    // The answer to Shutdown is on its way; nothing else is.
+    let _ = tokio::time::timeout(Duration::from_millis(100), server.shutdown()).await;
+    Ok(())
+}

@@ -1,0 +1,550 @@
+//! What containerd asks of a pod's containers, in plain types: [`crate::task`] translates.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use containerd_shim_protos::api::Mount;
+use containerd_shim_protos::events::task::{
+    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
+    TaskPaused, TaskResumed, TaskStart,
+};
+use containerd_shim_protos::protobuf::MessageField;
+use sepal_protocol::agent::{
+    self as messages, CreateContainerRequest, ExecProcessRequest, RootFs, SignalProcessRequest,
+};
+use sepal_protocol::paths;
+
+use crate::annotations::Role;
+use crate::container::{Container, Exit, KILLED, Phase, Process, lock};
+use crate::error::{Error, Result};
+use crate::hooks;
+use crate::pod::{self, Pod, Up};
+use crate::rootfs::RootMount;
+use crate::spec::{self, Plan};
+use crate::stdio::{Streams, Wanted};
+
+/// How long a VM's death may take to be noticed when the agent's connection has broken.
+const DEATH: Duration = Duration::from_secs(3);
+
+/// What a Create call asks for.
+pub struct Creation {
+    /// The container's id.
+    pub id: String,
+    /// containerd's directory for it.
+    pub bundle: PathBuf,
+    /// containerd's mounts of the root file system.
+    pub rootfs: Vec<Mount>,
+    /// Its streams.
+    pub wanted: Wanted,
+    /// Leave out pivot_root.
+    pub no_pivot: bool,
+}
+
+impl Pod {
+    /// The container of this id.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        let found = lock(&self.containers).get(id).cloned();
+        found.ok_or_else(|| Error::NoContainer { id: id.into() })
+    }
+
+    /// Makes a container; its init does not run yet.
+    ///
+    /// # Errors
+    /// The pod or the container cannot be made. Nothing of it is left then.
+    pub async fn create(self: &Arc<Self>, asked: Creation) -> Result<u32> {
+        if lock(&self.containers).contains_key(&asked.id) {
+            return Err(Error::ContainerExists { id: asked.id });
+        }
+        let mut spec = spec::load(&asked.bundle)?;
+        let role = Role::of(&spec.annotations().clone().unwrap_or_default());
+        let first = asked.id == self.identity.id;
+        let mut host_hooks = spec::take_host_hooks(&mut spec);
+        let hook_state = self.hook_state(&spec, &asked.id, &asked.bundle, None);
+        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle);
+        let created = match plan {
+            Ok(plan) => self.try_create(&asked, plan, first, &mut host_hooks, hook_state).await,
+            Err(e) => Err(e.into()),
+        };
+        if created.is_err() {
+            let (share, id) = (self.share.clone(), asked.id.clone());
+            let _ = tokio::task::spawn_blocking(move || share.remove(&id)).await;
+            if first {
+                // There will be no second try with this pod: containerd begins a new one.
+                self.remove().await;
+            }
+        }
+        created
+    }
+
+    async fn try_create(
+        self: &Arc<Self>,
+        asked: &Creation,
+        plan: Plan,
+        first: bool,
+        host_hooks: &mut oci_spec::runtime::Hooks,
+        mut hook_state: hooks::State,
+    ) -> Result<u32> {
+        self.record(|record| record.containers.push(asked.id.clone()));
+        let share = self.share.clone();
+        let (id, bundle, binds) = (asked.id.clone(), asked.bundle.clone(), plan.binds);
+        let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
+        // The VM boots meanwhile.
+        tokio::task::spawn_blocking(move || share.add(&id, &bundle, &mounts, &binds))
+            .await
+            .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
+        self.timeline.note("rootfs-mounted");
+        let up = self.up().await?;
+        hook_state.pid = Some(up.vm.vmm_pid);
+        if !first {
+            // Those of the first container have run before the VM's network was looked at.
+            pod::run_creation_hooks(host_hooks, &hook_state).await?;
+        }
+        let namespace = &self.identity.namespace;
+        let (streams, stdio) =
+            Streams::open(&asked.wanted, &up.agent, namespace, &asked.id).await?;
+        let spec = serde_json::to_vec(&plan.guest)
+            .map_err(|e| Error::Invalid { what: "OCI spec", reason: e.to_string() })?;
+        let request = CreateContainerRequest {
+            container_id: asked.id.clone(),
+            spec,
+            stdio: MessageField::some(stdio),
+            shared_namespaces: plan.shared_namespaces,
+            rootfs: MessageField::some(RootFs {
+                share_path: Path::new(&asked.id).join(paths::ROOTFS).display().to_string(),
+                ..Default::default()
+            }),
+            no_pivot: asked.no_pivot,
+            ..Default::default()
+        };
+        if let Err(e) = self.call(&up, up.agent.create_container(&request)).await {
+            streams.close().await;
+            return Err(e);
+        }
+        self.timeline.note("container-created");
+        let init = Process::new(&asked.id, "", asked.wanted.clone(), Vec::new());
+        init.set_streams(streams);
+        let container = Container::new(
+            &asked.id,
+            asked.bundle.clone(),
+            init.clone(),
+            host_hooks.clone(),
+            hook_state,
+        );
+        {
+            let mut containers = lock(&self.containers);
+            if containers.contains_key(&asked.id) {
+                return Err(Error::ContainerExists { id: asked.id.clone() });
+            }
+            containers.insert(asked.id.clone(), container.clone());
+        }
+        let pid = up.vm.vmm_pid;
+        self.events.publish(TaskCreate {
+            container_id: asked.id.clone(),
+            bundle: asked.bundle.display().to_string(),
+            rootfs: asked.rootfs.clone(),
+            io: MessageField::some(task_io(&asked.wanted)),
+            pid,
+            ..Default::default()
+        });
+        tokio::spawn(self.clone().watch(up, container, init));
+        Ok(pid)
+    }
+
+    /// Waits for what the agent answers; when the VM has died, that is the error.
+    async fn call<T>(
+        &self,
+        up: &Up,
+        call: impl Future<Output = Result<T, crate::agent::Error>>,
+    ) -> Result<T> {
+        tokio::select! {
+            biased;
+            answer = call => match answer {
+                Ok(answer) => Ok(answer),
+                Err(e) if e.code().is_some() => Err(e.into()),
+                // The connection has broken: most likely because the VM has.
+                Err(e) => match up.vm.ended_within(DEATH).await {
+                    Some(reason) => Err(Error::VmGone { reason: reason.to_string() }),
+                    None => Err(e.into()),
+                },
+            },
+            reason = up.vm.ended() => Err(Error::VmGone { reason: reason.to_string() }),
+        }
+    }
+
+    /// Lives as long as a process does, and tells its end.
+    async fn watch(self: Arc<Self>, up: Arc<Up>, container: Arc<Container>, process: Arc<Process>) {
+        let id = process.id();
+        let status = match self.call(&up, up.agent.wait_process(&id)).await {
+            Ok(exit) => {
+                if exit.oom_killed && !container.oom_told.load(Ordering::Relaxed) {
+                    // The event is under way; it must be known before the exit is.
+                    container.oom_ahead.fetch_add(1, Ordering::Relaxed);
+                    self.publish_oom(&container);
+                }
+                exit.status.min(255)
+            }
+            Err(e) => {
+                if up.vm.gone().is_none() {
+                    tracing::error!(container = %id.container_id, exec = %id.exec_id,
+                        "cannot wait for the process, ending the pod: {e}");
+                    // A guest that no longer answers for its processes is as good as dead.
+                    up.vm.kill().await;
+                }
+                KILLED
+            }
+        };
+        if let Some(streams) = process.streams() {
+            streams.finish().await;
+        }
+        let _order = process.order.lock().await;
+        let exit = Exit::now(status);
+        if process.advance(Phase::Stopped(exit)) {
+            self.events.publish(TaskExit {
+                container_id: process.container.clone(),
+                id: process.event_id(),
+                pid: up.vm.vmm_pid,
+                exit_status: exit.status,
+                exited_at: exit.timestamp(),
+                ..Default::default()
+            });
+        }
+    }
+
+    /// Publishes what happens in the guest.
+    pub(crate) async fn hear_events(self: Arc<Self>, up: Arc<Up>) {
+        let empty = messages::Empty::default();
+        loop {
+            let event = match self.call(&up, up.agent.next_event(&empty)).await {
+                Ok(event) => event,
+                Err(Error::VmGone { .. }) => return,
+                Err(e) => {
+                    tracing::warn!("no events from the guest: {e}");
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+            };
+            let Some(messages::event::Kind::Oom(id)) = event.kind else { continue };
+            let Ok(container) = self.container(&id) else { continue };
+            container.oom_told.store(true, Ordering::Relaxed);
+            let ahead = container.oom_ahead.fetch_update(
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+                |ahead| ahead.checked_sub(1),
+            );
+            if ahead.is_err() {
+                self.publish_oom(&container);
+            }
+        }
+    }
+
+    fn publish_oom(&self, container: &Container) {
+        let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
+        self.events.publish(event);
+    }
+
+    /// Starts init, or an exec.
+    ///
+    /// # Errors
+    /// It has been started before, or the guest cannot start it.
+    pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        let order = process.order.lock().await;
+        if process.phase() != Phase::Created {
+            return Err(Error::WrongState { action: "start", state: process.phase().name() });
+        }
+        let up = self.up().await?;
+        let pid = up.vm.vmm_pid;
+        if exec.is_empty() {
+            self.call(&up, up.agent.start_process(&process.id())).await?;
+            process.advance(Phase::Running);
+            let container_id = id.to_string();
+            self.events.publish(TaskStart { container_id, pid, ..Default::default() });
+            drop(order);
+            self.timeline.note("process-started");
+            self.tell_timeline();
+            let hooks = container.hooks.poststart().as_deref().unwrap_or_default();
+            let state = hooks::State { status: "running", ..container.hook_state.clone() };
+            if let Err(e) = hooks::run("poststart", hooks, &state).await {
+                tracing::warn!("{e}");
+            }
+            return Ok(pid);
+        }
+        if container.init.phase() != Phase::Running {
+            return Err(Error::WrongState {
+                action: "exec in",
+                state: container.init.phase().name(),
+            });
+        }
+        let namespace = &self.identity.namespace;
+        let (streams, stdio) = Streams::open(&process.wanted, &up.agent, namespace, id).await?;
+        let request = ExecProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            process: process.spec.clone(),
+            stdio: MessageField::some(stdio),
+            ..Default::default()
+        };
+        let started = match self.call(&up, up.agent.exec_process(&request)).await {
+            Ok(_) => self.call(&up, up.agent.start_process(&process.id())).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = started {
+            streams.close().await;
+            // It never ran: deleting it must not wait for an end.
+            process.advance(Phase::Stopped(Exit::now(KILLED)));
+            return Err(e);
+        }
+        process.set_streams(streams);
+        process.advance(Phase::Running);
+        self.events.publish(TaskExecStarted {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            pid,
+            ..Default::default()
+        });
+        drop(order);
+        tokio::spawn(self.clone().watch(up, container, process));
+        Ok(pid)
+    }
+
+    /// Adds an exec, to be started later.
+    ///
+    /// # Errors
+    /// The container does not run, or has an exec of this id.
+    pub fn exec(&self, id: &str, exec: &str, wanted: Wanted, spec: Vec<u8>) -> Result<()> {
+        let container = self.container(id)?;
+        if container.paused.load(Ordering::Relaxed) {
+            return Err(Error::WrongState { action: "exec in", state: "paused" });
+        }
+        match container.init.phase() {
+            Phase::Running => {}
+            phase => return Err(Error::WrongState { action: "exec in", state: phase.name() }),
+        }
+        container.add_exec(Process::new(id, exec, wanted, spec))?;
+        self.events.publish(TaskExecAdded {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            ..Default::default()
+        });
+        Ok(())
+    }
+
+    /// Sends a signal to a process, or to all of the container.
+    ///
+    /// # Errors
+    /// It has ended, or was never started.
+    pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        match process.phase() {
+            Phase::Stopped(_) if !all => return Err(Error::Finished),
+            Phase::Created if !exec.is_empty() => {
+                return Err(Error::WrongState { action: "kill", state: "created" });
+            }
+            _ => {}
+        }
+        let up = match self.up().await {
+            Err(Error::VmGone { .. }) => return Err(Error::Finished),
+            other => other?,
+        };
+        let request = SignalProcessRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            signal,
+            all,
+            ..Default::default()
+        };
+        match self.call(&up, up.agent.signal_process(&request)).await {
+            Ok(_) => Ok(()),
+            Err(Error::VmGone { .. }) => Err(Error::Finished),
+            Err(Error::Agent(e)) if e.code() == Some(ttrpc::Code::NOT_FOUND) => {
+                Err(Error::Finished)
+            }
+            Err(_) if matches!(process.phase(), Phase::Stopped(_)) => Err(Error::Finished),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Removes an ended process; with the pod's last init, the pod.
+    ///
+    /// # Errors
+    /// It runs.
+    pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
+        let container = self.container(id)?;
+        let process = container.process(exec)?;
+        let pid = self.pid();
+        if !exec.is_empty() {
+            let exit = match process.phase() {
+                Phase::Stopped(exit) => exit,
+                // Asked for, never started.
+                Phase::Created => Exit::now(0),
+                phase => return Err(Error::WrongState { action: "delete", state: phase.name() }),
+            };
+            process.close_streams().await;
+            if let Ok(up) = self.up().await {
+                // It may never have come to the guest.
+                let _ = self.call(&up, up.agent.delete_process(&process.id())).await;
+            }
+            container.remove_exec(exec);
+            return Ok((pid, exit));
+        }
+        let exit = match process.phase() {
+            Phase::Stopped(exit) => exit,
+            Phase::Created => self.end_unstarted(&process).await,
+            phase => return Err(Error::WrongState { action: "delete", state: phase.name() }),
+        };
+        process.close_streams().await;
+        let last = lock(&self.containers).len() == 1;
+        if last {
+            // The guest goes as a whole: it need not take its container apart first.
+            self.remove().await;
+        } else {
+            if let Ok(up) = self.up().await
+                && let Err(e) = self.call(&up, up.agent.delete_process(&process.id())).await
+            {
+                tracing::warn!(container = id, "the guest cannot delete it: {e}");
+            }
+            let (share, of) = (self.share.clone(), id.to_string());
+            let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
+            self.record(|record| record.containers.retain(|c| c != id));
+        }
+        let state =
+            hooks::State { status: "stopped", pid: None, ..container.hook_state.clone() };
+        let hooks = container.hooks.poststop().as_deref().unwrap_or_default();
+        if let Err(e) = hooks::run("poststop", hooks, &state).await {
+            tracing::warn!("{e}");
+        }
+        lock(&self.containers).remove(id);
+        self.events.publish(TaskDelete {
+            container_id: id.into(),
+            pid,
+            exit_status: exit.status,
+            exited_at: exit.timestamp(),
+            ..Default::default()
+        });
+        Ok((pid, exit))
+    }
+
+    async fn end_unstarted(&self, process: &Process) -> Exit {
+        if let Ok(up) = self.up().await {
+            let signal = libc::SIGKILL as u32;
+            let request = SignalProcessRequest {
+                container_id: process.container.clone(),
+                signal,
+                ..Default::default()
+            };
+            if self.call(&up, up.agent.signal_process(&request)).await.is_ok()
+                && let Ok(exit) = tokio::time::timeout(DEATH, process.ended()).await
+            {
+                return exit;
+            }
+        }
+        let exit = Exit::now(KILLED);
+        process.advance(Phase::Stopped(exit));
+        exit
+    }
+
+    /// Freezes or thaws a container.
+    ///
+    /// # Errors
+    /// It does not run, or is in that state already.
+    pub async fn set_paused(&self, id: &str, pause: bool) -> Result<()> {
+        let container = self.container(id)?;
+        let action = if pause { "pause" } else { "resume" };
+        let _order = container.init.order.lock().await;
+        let phase = container.init.phase();
+        if phase != Phase::Running {
+            return Err(Error::WrongState { action, state: phase.name() });
+        }
+        if container.paused.load(Ordering::Relaxed) == pause {
+            let state = if pause { "paused" } else { "running" };
+            return Err(Error::WrongState { action, state });
+        }
+        let up = self.up().await?;
+        let container_id = id.to_string();
+        if pause {
+            self.call(&up, up.agent.pause_container(&container.agent_id())).await?;
+            container.paused.store(true, Ordering::Relaxed);
+            self.events.publish(TaskPaused { container_id, ..Default::default() });
+        } else {
+            self.call(&up, up.agent.resume_container(&container.agent_id())).await?;
+            container.paused.store(false, Ordering::Relaxed);
+            self.events.publish(TaskResumed { container_id, ..Default::default() });
+        }
+        Ok(())
+    }
+
+    /// Sets a container's limits.
+    ///
+    /// # Errors
+    /// The guest refuses them.
+    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<()> {
+        self.container(id)?;
+        let up = self.up().await?;
+        let request = messages::UpdateContainerRequest {
+            container_id: id.into(),
+            resources,
+            ..Default::default()
+        };
+        self.call(&up, up.agent.update_container(&request)).await.map(|_| ())
+    }
+
+    /// What a container uses.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub async fn stats(&self, id: &str) -> Result<messages::Stats> {
+        let container = self.container(id)?;
+        let up = self.up().await?;
+        self.call(&up, up.agent.container_stats(&container.agent_id())).await
+    }
+
+    /// Sets the size of a process's terminal.
+    ///
+    /// # Errors
+    /// It has none, or has ended.
+    pub async fn resize(&self, id: &str, exec: &str, rows: u32, columns: u32) -> Result<()> {
+        let process = self.container(id)?.process(exec)?;
+        match process.phase() {
+            Phase::Stopped(_) => {
+                return Err(Error::WrongState { action: "resize", state: "stopped" });
+            }
+            // Clients set the size as soon as they can; an exec takes it once it runs.
+            Phase::Created if !exec.is_empty() => return Ok(()),
+            _ => {}
+        }
+        let up = self.up().await?;
+        let request = messages::ResizeTerminalRequest {
+            container_id: id.into(),
+            exec_id: exec.into(),
+            rows,
+            columns,
+            ..Default::default()
+        };
+        self.call(&up, up.agent.resize_terminal(&request)).await.map(|_| ())
+    }
+}
+
+fn root_mount(mount: &Mount) -> RootMount {
+    RootMount {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        options: mount.options.clone(),
+    }
+}
+
+fn task_io(wanted: &Wanted) -> TaskIO {
+    TaskIO {
+        stdin: wanted.stdin.clone(),
+        stdout: wanted.stdout.clone(),
+        stderr: wanted.stderr.clone(),
+        terminal: wanted.terminal,
+        ..Default::default()
+    }
+}

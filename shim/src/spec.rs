@@ -1,0 +1,280 @@
+//! The OCI spec: what of it is the host's, and what the guest gets.
+//!
+//! Pure: nothing is mounted or made here. [`crate::rootfs`] does what [`Plan::binds`] says. The
+//! agent's side of this is its `plan.rs`, which fits the rest to the guest.
+
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{
+    Hooks, LinuxNamespace, LinuxNamespaceType, Mount, RootBuilder, Spec,
+};
+use sepal_protocol::paths;
+
+use crate::annotations::Role;
+use crate::sys::BindOptions;
+
+/// Longest config.json that is read, in bytes; the agent's messages hold at most 4 MiB.
+const MAX_SPEC: u64 = 3 << 20;
+/// Size of /dev/shm where nothing says another, in bytes: what runc's default spec says.
+const DEFAULT_SHM: u64 = 64 << 20;
+
+/// Why a spec cannot be run in a guest.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's text is its documentation")]
+pub enum Error {
+    #[error("OCI spec {}: cannot read it: {source}", .path.display())]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("OCI spec {}: {source}", .path.display())]
+    Parse { path: PathBuf, source: serde_json::Error },
+    #[error("the OCI spec has no process")]
+    NoProcess,
+    #[error("the OCI spec has no Linux section")]
+    NoLinux,
+    #[error(
+        "the host's network cannot be shared with a virtual machine: leave out --net-host, \
+         --network=host or hostNetwork"
+    )]
+    HostNetwork,
+    #[error(
+        "the {kind} namespace {} belongs to another pod: every pod has its own kernel",
+        .path.display()
+    )]
+    ForeignNamespace { kind: String, path: PathBuf },
+    #[error("mount source {} for {} does not exist on the host", .source_path.display(), .destination.display())]
+    NoSource { source_path: PathBuf, destination: PathBuf },
+    #[error("mount source {} for {}: {error}", .source_path.display(), .destination.display())]
+    Source { source_path: PathBuf, destination: PathBuf, error: std::io::Error },
+    #[error(
+        "mount source {} for {} is a {kind}: a guest cannot reach the host through it; \
+         mount a file or a directory",
+        .source_path.display(), .destination.display()
+    )]
+    SpecialFile { source_path: PathBuf, destination: PathBuf, kind: &'static str },
+    #[error("bind mount for {} has no source", .destination.display())]
+    SourceMissing { destination: PathBuf },
+}
+
+/// The network namespace of a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// One that somebody else made.
+    Join(PathBuf),
+    /// A new one, for hooks to fill.
+    New,
+}
+
+/// A bind mount to make below the container's directory in the share.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// On the host.
+    pub source: PathBuf,
+    /// How.
+    pub options: BindOptions,
+    /// A directory, else a file.
+    pub directory: bool,
+}
+
+/// What becomes of a container's spec.
+#[derive(Debug)]
+pub struct Plan {
+    /// For the agent.
+    pub guest: Spec,
+    /// In the order of their names below `mounts/`.
+    pub binds: Vec<Bind>,
+    /// For the agent: OCI names of the namespaces that the pod's containers share.
+    pub shared_namespaces: Vec<String>,
+}
+
+/// Reads a bundle's config.json.
+///
+/// # Errors
+/// It cannot be read, or is not an OCI spec.
+pub fn load(bundle: &Path) -> Result<Spec, Error> {
+    let path = bundle.join("config.json");
+    let read = |source| Error::Read { path: path.clone(), source };
+    if std::fs::metadata(&path).map_err(read)?.len() > MAX_SPEC {
+        return Err(read(std::io::Error::other("longer than 3 MiB")));
+    }
+    let bytes = std::fs::read(&path).map_err(read)?;
+    serde_json::from_slice(&bytes).map_err(|source| Error::Parse { path, source })
+}
+
+/// Takes the hooks that the host runs out of a spec; those that apply in a container stay.
+pub fn take_host_hooks(spec: &mut Spec) -> Hooks {
+    let mut host = Hooks::default();
+    let Some(hooks) = spec.hooks_mut() else { return host };
+    #[allow(deprecated, reason = "prestart hooks are old, not gone")]
+    {
+        host.set_prestart(hooks.prestart().clone());
+        hooks.set_prestart(None);
+    }
+    host.set_create_runtime(hooks.create_runtime().clone());
+    hooks.set_create_runtime(None);
+    host.set_poststart(hooks.poststart().clone());
+    hooks.set_poststart(None);
+    host.set_poststop(hooks.poststop().clone());
+    hooks.set_poststop(None);
+    host
+}
+
+/// Which network namespace the pod's VM lives in.
+///
+/// # Errors
+/// The spec asks for the host's network.
+pub fn network(spec: &Spec) -> Result<Network, Error> {
+    let namespaces = namespaces(spec)?;
+    let found = namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network);
+    match found.map(LinuxNamespace::path) {
+        None => Err(Error::HostNetwork),
+        Some(None) => Ok(Network::New),
+        Some(Some(path)) if path.as_os_str().is_empty() => Ok(Network::New),
+        Some(Some(path)) => Ok(Network::Join(path.clone())),
+    }
+}
+
+fn namespaces(spec: &Spec) -> Result<&[LinuxNamespace], Error> {
+    let linux = spec.linux().as_ref().ok_or(Error::NoLinux)?;
+    Ok(linux.namespaces().as_deref().unwrap_or_default())
+}
+
+impl Plan {
+    /// Rewrites a container's spec for the guest.
+    ///
+    /// # Errors
+    /// The spec asks for what a guest cannot have, or for a mount source that is not there.
+    pub fn new(mut spec: Spec, container: &str, role: &Role, bundle: &Path) -> Result<Self, Error> {
+        if spec.process().is_none() {
+            return Err(Error::NoProcess);
+        }
+        let in_guest = Path::new(paths::guest::SHARE).join(container);
+        let read_only = spec.root().as_ref().and_then(|r| r.readonly()).unwrap_or(false);
+        let root = RootBuilder::default()
+            .path(in_guest.join(paths::ROOTFS))
+            .readonly(read_only)
+            .build()
+            .ok();
+        spec.set_root(root);
+        take_host_hooks(&mut spec);
+        let shared_namespaces = share_namespaces(&mut spec, role)?;
+        let mut binds = Vec::new();
+        for mount in spec.mounts_mut().iter_mut().flatten() {
+            if !is_bind(mount) {
+                continue;
+            }
+            let destination = mount.destination().clone();
+            let Some(source) = mount.source().clone() else {
+                return Err(Error::SourceMissing { destination });
+            };
+            if is_shm(mount, role) {
+                mount.set_source(Some(paths::guest::SHM.into()));
+                continue;
+            }
+            let source = bundle.join(source);
+            let directory = check_source(&source, &destination)?;
+            let target = in_guest.join(paths::MOUNTS).join(binds.len().to_string());
+            let options = bind_options(mount);
+            mount.set_source(Some(target));
+            binds.push(Bind { source, options, directory });
+        }
+        Ok(Self { guest: spec, binds, shared_namespaces })
+    }
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    let option = |o: &String| o == "bind" || o == "rbind";
+    mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(option)
+}
+
+/// CRI gives all containers of a pod one tmpfs of the host as /dev/shm. In a guest it must be the
+/// guest's own memory: pages shared through a file server are not coherent.
+fn is_shm(mount: &Mount, role: &Role) -> bool {
+    *role != Role::Alone && mount.destination() == Path::new("/dev/shm")
+}
+
+/// Size of the /dev/shm that the pod's containers share, in bytes; 0: they share none.
+pub fn shm_size(spec: &Spec, role: &Role) -> u64 {
+    let shared = |m: &&Mount| is_bind(m) && is_shm(m, role);
+    match spec.mounts().iter().flatten().find(shared) {
+        Some(mount) => {
+            mount.source().as_deref().and_then(size_of_file_system).unwrap_or(DEFAULT_SHM)
+        }
+        None if *role == Role::Alone => 0,
+        None => DEFAULT_SHM,
+    }
+}
+
+fn size_of_file_system(path: &Path) -> Option<u64> {
+    let stat = nix::sys::statvfs::statvfs(path).ok()?;
+    Some(stat.blocks() * stat.fragment_size()).filter(|size| *size > 0)
+}
+
+/// Whether the source is a directory, after checking that a guest can use it.
+fn check_source(source: &Path, destination: &Path) -> Result<bool, Error> {
+    let (source_path, destination) = (source.to_path_buf(), destination.to_path_buf());
+    let kind = match std::fs::metadata(source) {
+        Ok(metadata) => metadata.file_type(),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(Error::NoSource { source_path, destination });
+        }
+        Err(error) => return Err(Error::Source { source_path, destination, error }),
+    };
+    let special = if kind.is_socket() {
+        "socket"
+    } else if kind.is_fifo() {
+        "FIFO"
+    } else if kind.is_block_device() || kind.is_char_device() {
+        "device"
+    } else {
+        return Ok(kind.is_dir());
+    };
+    Err(Error::SpecialFile { source_path, destination, kind: special })
+}
+
+fn bind_options(mount: &Mount) -> BindOptions {
+    let mut options = BindOptions { recursive: true, ..BindOptions::default() };
+    for option in mount.options().iter().flatten() {
+        match option.as_str() {
+            "bind" => options.recursive = false,
+            "rbind" => options.recursive = true,
+            "ro" => options.read_only = true,
+            "rw" => options.read_only = false,
+            "rro" => options.recursive_read_only = true,
+            _ => {}
+        }
+    }
+    options
+}
+
+/// Takes the host's paths out of the namespaces; answers which ones the pod's containers share.
+fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> {
+    use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
+    let mut shared = Vec::new();
+    let linux = spec.linux_mut().as_mut().ok_or(Error::NoLinux)?;
+    for namespace in linux.namespaces_mut().iter_mut().flatten() {
+        let kind = namespace.typ();
+        let path = namespace.path().clone().filter(|p| !p.as_os_str().is_empty());
+        namespace.set_path(None);
+        let is_shared = match role {
+            // The VM itself is the network namespace, whoever made the host's side of it.
+            _ if kind == Network => true,
+            Role::Alone => {
+                if let Some(path) = path {
+                    return Err(Error::ForeignNamespace { kind: kind.to_string(), path });
+                }
+                false
+            }
+            // Those that CRI's other containers may join.
+            Role::Sandbox => matches!(kind, Ipc | Uts | Pid),
+            Role::Member { .. } => path.is_some(),
+        };
+        if is_shared {
+            shared.push(kind.to_string());
+        }
+    }
+    Ok(shared)
+}
+
+#[cfg(test)]
+#[path = "spec_test.rs"]
+mod tests;

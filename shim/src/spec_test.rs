@@ -1,0 +1,134 @@
+use serde_json::json;
+
+use super::*;
+
+fn spec(extra: serde_json::Value) -> Spec {
+    let mut base = json!({
+        "ociVersion": "1.2.0",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/"},
+        "root": {"path": "rootfs", "readonly": true},
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "network"}]},
+        "mounts": []
+    });
+    for (key, value) in extra.as_object().unwrap() {
+        base[key] = value.clone();
+    }
+    serde_json::from_value(base).unwrap()
+}
+
+fn plan(extra: serde_json::Value, role: &Role) -> Result<Plan, Error> {
+    Plan::new(spec(extra), "c1", role, Path::new("/bundle"))
+}
+
+#[test]
+fn the_root_becomes_a_guest_path_and_stays_read_only() {
+    let plan = plan(json!({}), &Role::Alone).unwrap();
+    let root = plan.guest.root().as_ref().unwrap();
+    assert_eq!(root.path(), Path::new("/run/sepal/share/c1/rootfs"));
+    assert_eq!(root.readonly(), Some(true));
+}
+
+#[test]
+fn binds_are_numbered_and_keep_their_options() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let mounts = json!({"mounts": [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/d", "type": "bind", "source": dir.path(), "options": ["rbind", "rro"]},
+        {"destination": "/f", "type": "none", "source": file, "options": ["bind", "ro"]},
+    ]});
+    let plan = plan(mounts, &Role::Alone).unwrap();
+    let sources: Vec<_> =
+        plan.guest.mounts().iter().flatten().map(|m| m.source().clone().unwrap()).collect();
+    assert_eq!(sources[0], Path::new("proc"));
+    assert_eq!(sources[1], Path::new("/run/sepal/share/c1/mounts/0"));
+    assert_eq!(sources[2], Path::new("/run/sepal/share/c1/mounts/1"));
+    assert!(plan.binds[0].directory && plan.binds[0].options.recursive_read_only);
+    assert!(!plan.binds[1].directory && !plan.binds[1].options.recursive);
+    assert!(plan.binds[1].options.read_only);
+}
+
+#[test]
+fn sockets_devices_and_absent_sources_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (source, text) in [
+        (socket.as_path(), "is a socket"),
+        (Path::new("/dev/null"), "is a device"),
+        (Path::new("/nonexistent"), "mount source /nonexistent for /x does not exist"),
+    ] {
+        let mounts = json!({"mounts": [
+            {"destination": "/x", "type": "bind", "source": source, "options": ["rbind"]}
+        ]});
+        let message = plan(mounts, &Role::Alone).unwrap_err().to_string();
+        assert!(message.contains(text), "{message}");
+    }
+}
+
+#[test]
+fn the_pods_shm_is_the_guests_own() {
+    let mounts = json!({"mounts": [
+        {"destination": "/dev/shm", "type": "bind", "source": "/dev", "options": ["rbind"]}
+    ]});
+    let role = Role::Member { sandbox: "s".into() };
+    assert!(shm_size(&spec(mounts.clone()), &role) > 0);
+    assert_eq!(shm_size(&spec(mounts.clone()), &Role::Alone), 0);
+    let plan = plan(mounts, &role).unwrap();
+    assert!(plan.binds.is_empty());
+    let mount = &plan.guest.mounts().as_ref().unwrap()[0];
+    assert_eq!(mount.source().as_deref(), Some(Path::new(paths::guest::SHM)));
+}
+
+#[test]
+fn namespaces_are_shared_as_the_role_says() {
+    let linux = json!({"linux": {"namespaces": [
+        {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"},
+        {"type": "network", "path": "/var/run/netns/x"}, {"type": "mount"}
+    ]}});
+    let member = plan(linux.clone(), &Role::Member { sandbox: "s".into() }).unwrap();
+    assert_eq!(member.shared_namespaces, ["ipc", "network"]);
+    let left = member.guest.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
+    assert!(left.iter().all(|n| n.path().is_none()), "no host path reaches the guest");
+    let sandbox = plan(json!({}), &Role::Sandbox).unwrap();
+    assert_eq!(sandbox.shared_namespaces, ["pid", "network"]);
+    let alone = plan(linux, &Role::Alone).unwrap_err();
+    assert!(matches!(alone, Error::ForeignNamespace { .. }), "{alone}");
+}
+
+#[test]
+fn the_network_is_joined_made_or_refused() {
+    let with = |namespaces: serde_json::Value| {
+        network(&spec(json!({"linux": {"namespaces": namespaces}})))
+    };
+    assert_eq!(with(json!([{"type": "network"}])).unwrap(), Network::New);
+    assert_eq!(
+        with(json!([{"type": "network", "path": "/run/netns/a"}])).unwrap(),
+        Network::Join("/run/netns/a".into())
+    );
+    assert!(matches!(with(json!([{"type": "pid"}])), Err(Error::HostNetwork)));
+}
+
+#[test]
+fn only_hooks_of_the_container_reach_the_guest() {
+    let hook = json!([{"path": "/bin/true"}]);
+    let hooks = json!({"hooks": {
+        "createRuntime": hook, "prestart": hook, "poststop": hook, "startContainer": hook
+    }});
+    let mut whole = spec(hooks);
+    let host = take_host_hooks(&mut whole);
+    assert_eq!(host.create_runtime().as_ref().unwrap().len(), 1);
+    assert_eq!(host.poststop().as_ref().unwrap().len(), 1);
+    let guest = whole.hooks().as_ref().unwrap();
+    assert!(guest.create_runtime().is_none() && guest.poststop().is_none());
+    assert!(guest.start_container().is_some());
+}
+
+#[test]
+fn a_spec_without_a_process_is_refused() {
+    let mut bare = spec(json!({}));
+    bare.set_process(None);
+    let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b")).unwrap_err();
+    assert!(matches!(error, Error::NoProcess));
+}

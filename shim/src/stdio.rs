@@ -1,0 +1,301 @@
+//! Standard streams: containerd's FIFOs, files and log programs on one side, vsock connections on
+//! the other.
+//!
+//! Back-pressure is the kernel's: nothing is read that cannot be written. An output FIFO is opened
+//! for reading as well, as runc's shim does: a client may go and another may come, and meanwhile the
+//! process waits on a full FIFO instead of dying of SIGPIPE. The input FIFO is held open for writing
+//! until containerd's CloseIO, so that a client that goes is no end of file.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use sepal_protocol::agent;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+use crate::agent::{self as guest, Agent};
+use crate::logger::Logger;
+
+/// Bytes moved at once. A FIFO holds 64 KiB.
+const CHUNK: usize = 32 << 10;
+/// Output that no longer moves for so long is given up when its process has ended: there is no
+/// reader, and the FIFO is full.
+const STUCK: Duration = Duration::from_secs(1);
+
+/// Why a process has no streams.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's text is its documentation")]
+pub enum Error {
+    #[error("standard stream {uri}: {source}")]
+    Open { uri: String, source: io::Error },
+    #[error("standard stream {uri}: sepal knows FIFOs, files, file:// and binary://")]
+    Scheme { uri: String },
+    #[error("log program {}: {source}", .program.display())]
+    Logger { program: PathBuf, source: io::Error },
+    #[error("log program {}: not ready within 10 s", .program.display())]
+    LoggerNotReady { program: PathBuf },
+    #[error(transparent)]
+    Guest(#[from] guest::Error),
+}
+
+/// What containerd wants of a process's streams.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wanted {
+    /// Path of a FIFO; empty: none.
+    pub stdin: String,
+    /// Path or URI; empty: none.
+    pub stdout: String,
+    /// As `stdout`; unused with a terminal.
+    pub stderr: String,
+    /// The process has a terminal.
+    pub terminal: bool,
+}
+
+/// Where output goes.
+enum Sink {
+    Pipe(pipe::Sender),
+    File(tokio::fs::File),
+}
+
+/// The host's ends, open.
+struct Opened {
+    stdin: Option<(pipe::Receiver, pipe::Sender)>,
+    stdout: Option<Sink>,
+    stderr: Option<Sink>,
+    logger: Option<Logger>,
+}
+
+/// The streams of one process.
+#[derive(Default)]
+pub struct Streams {
+    keep_stdin_open: Mutex<Option<pipe::Sender>>,
+    stdin: Mutex<Option<JoinHandle<()>>>,
+    outputs: Mutex<Vec<JoinHandle<()>>>,
+    logger: Mutex<Option<Logger>>,
+    moved: Arc<AtomicU64>,
+}
+
+impl Streams {
+    /// Opens the host's ends and the guest's, and begins to copy. Answers with what the agent needs.
+    ///
+    /// # Errors
+    /// A path cannot be opened, or the guest takes no connection.
+    pub async fn open(
+        wanted: &Wanted,
+        agent: &Agent,
+        namespace: &str,
+        container: &str,
+    ) -> Result<(Self, agent::Stdio), Error> {
+        let opened = open_host(wanted, namespace, container).await?;
+        let mut request = agent::Stdio { terminal: wanted.terminal, ..Default::default() };
+        let streams = Self::default();
+        *lock(&streams.logger) = opened.logger;
+        if let Some((receiver, keep)) = opened.stdin {
+            let (stream, token) = agent.stdio().await?;
+            request.stdin = token;
+            *lock(&streams.keep_stdin_open) = Some(keep);
+            *lock(&streams.stdin) = Some(tokio::spawn(copy_in(receiver, stream)));
+        }
+        for (sink, token) in
+            [(opened.stdout, &mut request.stdout), (opened.stderr, &mut request.stderr)]
+        {
+            if let Some(sink) = sink {
+                let (stream, its_token) = agent.stdio().await?;
+                *token = its_token;
+                let copy = tokio::spawn(copy_out(stream, sink, streams.moved.clone()));
+                lock(&streams.outputs).push(copy);
+            }
+        }
+        Ok((streams, request))
+    }
+
+    /// containerd's CloseIO: once the clients have closed the FIFO and it is empty, the process's
+    /// standard input ends.
+    pub fn close_stdin(&self) {
+        lock(&self.keep_stdin_open).take();
+    }
+
+    /// After the process has ended: waits until its output has been written, as long as it moves.
+    pub async fn finish(&self) {
+        if let Some(stdin) = lock(&self.stdin).take() {
+            stdin.abort();
+        }
+        self.close_stdin();
+        loop {
+            let before = self.moved.load(Ordering::Relaxed);
+            let deadline = tokio::time::Instant::now() + STUCK;
+            loop {
+                if lock(&self.outputs).iter().all(JoinHandle::is_finished) {
+                    return;
+                }
+                if tokio::time::Instant::now() >= deadline {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            if self.moved.load(Ordering::Relaxed) == before {
+                return;
+            }
+        }
+    }
+
+    /// Ends all copying. Call [`Streams::finish`] first.
+    pub async fn close(&self) {
+        for output in lock(&self.outputs).drain(..) {
+            output.abort();
+        }
+        let logger = lock(&self.logger).take();
+        if let Some(logger) = logger {
+            logger.end().await;
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // What is behind these locks is whole after each statement, also of one that has panicked.
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+async fn open_host(wanted: &Wanted, namespace: &str, container: &str) -> Result<Opened, Error> {
+    let stdin = match wanted.stdin.as_str() {
+        "" => None,
+        path => Some(open_stdin(path).map_err(|source| Error::Open { uri: path.into(), source })?),
+    };
+    let stderr = if wanted.terminal { "" } else { wanted.stderr.as_str() };
+    if let Some(rest) = wanted.stdout.strip_prefix("binary://") {
+        let (logger, stdout, error) = Logger::spawn(rest, namespace, container).await?;
+        let sender = |fd: OwnedFd| {
+            pipe::Sender::from_owned_fd(fd).map(Sink::Pipe).map_err(|source| Error::Open {
+                uri: wanted.stdout.clone(),
+                source,
+            })
+        };
+        let stderr = if wanted.terminal { None } else { Some(sender(error)?) };
+        return Ok(Opened { stdin, stdout: Some(sender(stdout)?), stderr, logger: Some(logger) });
+    }
+    Ok(Opened { stdin, stdout: open_sink(&wanted.stdout)?, stderr: open_sink(stderr)?, logger: None })
+}
+
+/// Both ends of a FIFO, without waiting for a client.
+fn open_stdin(path: &str) -> io::Result<(pipe::Receiver, pipe::Sender)> {
+    let receiver = pipe::OpenOptions::new().open_receiver(path)?;
+    let sender = pipe::OpenOptions::new().open_sender(path)?;
+    Ok((receiver, sender))
+}
+
+fn open_sink(uri: &str) -> Result<Option<Sink>, Error> {
+    let failed = |source| Error::Open { uri: uri.into(), source };
+    let path = match uri.split_once("://") {
+        None if uri.is_empty() => return Ok(None),
+        None => Path::new(uri),
+        Some(("fifo", path)) => Path::new(path),
+        Some(("file", path)) => {
+            // The path may be followed by what a logging driver means for itself.
+            let path = Path::new(path.split('?').next().unwrap_or(path));
+            if let Some(parent) = path.parent() {
+                std::fs::create_dir_all(parent).map_err(failed)?;
+            }
+            let file = std::fs::File::options().create(true).append(true).mode(0o644).open(path);
+            return Ok(Some(Sink::File(tokio::fs::File::from_std(file.map_err(failed)?))));
+        }
+        Some(_) => return Err(Error::Scheme { uri: uri.into() }),
+    };
+    if std::fs::metadata(path).map_err(failed)?.file_type().is_fifo() {
+        let sender = pipe::OpenOptions::new().read_write(true).open_sender(path);
+        return Ok(Some(Sink::Pipe(sender.map_err(failed)?)));
+    }
+    let file = std::fs::File::options().append(true).open(path).map_err(failed)?;
+    Ok(Some(Sink::File(tokio::fs::File::from_std(file))))
+}
+
+async fn copy_in(mut from: pipe::Receiver, mut to: UnixStream) {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match from.read(&mut buffer).await {
+            Ok(0) => break,
+            // The process no longer reads: what is left in the FIFO is nobody's.
+            Ok(length) if to.write_all(&buffer[..length]).await.is_err() => return,
+            Ok(_) => {}
+            Err(e) => {
+                tracing::warn!("standard input: {e}");
+                break;
+            }
+        }
+    }
+    // Half-close: end of file for the process.
+    if to.shutdown().await.is_ok() {
+        // The connection stays until the guest has taken all of it and closes its side.
+        let _ = to.read(&mut buffer).await;
+    }
+}
+
+async fn copy_out(mut from: UnixStream, mut to: Sink, moved: Arc<AtomicU64>) {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        let length = match from.read(&mut buffer).await {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(e) => {
+                tracing::debug!("standard output: {e}");
+                break;
+            }
+        };
+        let written = match &mut to {
+            Sink::Pipe(pipe) => write_counted(pipe, &buffer[..length], &moved).await,
+            Sink::File(file) => write_counted(file, &buffer[..length], &moved).await,
+        };
+        if let Err(e) = written {
+            tracing::warn!("standard output cannot be written: {e}");
+            // The process goes on; its output is dropped, as with a closed log.
+            drain(from, buffer).await;
+            return;
+        }
+    }
+    if let Sink::File(file) = &mut to
+        && let Err(e) = file.flush().await
+    {
+        tracing::warn!("standard output cannot be written: {e}");
+    }
+}
+
+async fn drain(mut from: UnixStream, mut buffer: Vec<u8>) {
+    while matches!(from.read(&mut buffer).await, Ok(length) if length > 0) {}
+}
+
+async fn write_counted(
+    to: &mut (impl AsyncWriteExt + Unpin),
+    mut bytes: &[u8],
+    moved: &AtomicU64,
+) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = to.write(bytes).await?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        moved.fetch_add(written as u64, Ordering::Relaxed);
+        bytes = &bytes[written..];
+    }
+    Ok(())
+}
+
+/// A pipe whose write end does not block.
+///
+/// # Errors
+/// No descriptors are left.
+pub(crate) fn pipe_for_output() -> io::Result<(OwnedFd, OwnedFd)> {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let (read, write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+    fcntl(write.as_fd(), FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
+    Ok((read, write))
+}
+
+#[cfg(test)]
+#[path = "stdio_test.rs"]
+mod tests;

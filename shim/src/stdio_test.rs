@@ -1,0 +1,119 @@
+use std::io::{Read, Write};
+
+use super::*;
+
+fn fifo(dir: &Path, name: &str) -> String {
+    let path = dir.join(name);
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    path.to_str().unwrap().into()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn output_survives_a_reader_that_goes_and_another_that_comes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(dir.path(), "out");
+    let Some(Sink::Pipe(pipe)) = open_sink(&path).unwrap() else { panic!("not a FIFO") };
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let moved = Arc::new(AtomicU64::new(0));
+    let copy = tokio::spawn(copy_out(host, Sink::Pipe(pipe), moved.clone()));
+    let read = |length: usize, path: String| {
+        tokio::task::spawn_blocking(move || {
+            let mut bytes = vec![0; length];
+            std::fs::File::open(path).unwrap().read_exact(&mut bytes).unwrap();
+            bytes
+        })
+    };
+    let data: Vec<u8> = (0..1_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let sent = data.clone();
+    let writer = tokio::spawn(async move { guest.write_all(&sent).await.unwrap() });
+    let mut got = read(300_000, path.clone()).await.unwrap();
+    got.extend(read(700_000, path).await.unwrap());
+    writer.await.unwrap();
+    copy.await.unwrap();
+    assert!(got == data, "nothing is lost between two readers");
+    assert_eq!(moved.load(Ordering::Relaxed), 1_000_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn input_ends_after_close_io_and_not_when_a_client_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(dir.path(), "in");
+    let (receiver, keep) = open_stdin(&path).unwrap();
+    let (host, mut guest) = UnixStream::pair().unwrap();
+    tokio::spawn(copy_in(receiver, host));
+    let write = |text: &'static str| {
+        let path = path.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut file = std::fs::File::options().write(true).open(path).unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+        })
+    };
+    write("one ").await.unwrap();
+    write("two").await.unwrap();
+    let mut text = [0; 7];
+    guest.read_exact(&mut text).await.unwrap();
+    assert_eq!(&text, b"one two");
+    let more = tokio::time::timeout(Duration::from_millis(50), guest.read(&mut text)).await;
+    assert!(more.is_err(), "no end of file while the shim keeps it open");
+    drop(keep);
+    assert_eq!(guest.read(&mut text).await.unwrap(), 0);
+}
+
+#[tokio::test]
+async fn a_full_fifo_without_a_reader_does_not_hold_up_the_exit() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(dir.path(), "out");
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let streams = Streams::default();
+    let sink = open_sink(&path).unwrap().unwrap();
+    let copy = tokio::spawn(copy_out(host, sink, streams.moved.clone()));
+    lock(&streams.outputs).push(copy);
+    let flood = tokio::spawn(async move { guest.write_all(&[0; 1 << 20]).await });
+    tokio::time::timeout(Duration::from_secs(5), streams.finish()).await.unwrap();
+    assert!(streams.moved.load(Ordering::Relaxed) >= 4096);
+    streams.close().await;
+    flood.abort();
+}
+
+#[tokio::test]
+async fn files_are_appended_to_and_other_schemes_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("new/log");
+    let uri = format!("file://{}", path.display());
+    for _ in 0..2 {
+        let (mut guest, host) = UnixStream::pair().unwrap();
+        let sink = open_sink(&uri).unwrap().unwrap();
+        guest.write_all(b"line\n").await.unwrap();
+        drop(guest);
+        copy_out(host, sink, Arc::default()).await;
+    }
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "line\nline\n");
+    assert!(matches!(open_sink("vsock://3:1"), Err(Error::Scheme { .. })));
+    assert!(open_sink("").unwrap().is_none());
+    assert!(matches!(open_sink("/nonexistent/fifo"), Err(Error::Open { .. })));
+}
+
+#[tokio::test]
+async fn a_log_program_gets_the_output_and_its_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = dir.path().join("logger");
+    let log = dir.path().join("log");
+    let script = format!(
+        "#!/bin/sh\nexec 5>&-\n{{ echo $CONTAINER_NAMESPACE $CONTAINER_ID $1; cat <&3; cat <&4; }} > {}\n",
+        log.display()
+    );
+    std::fs::write(&program, script).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let wanted = Wanted {
+        stdout: format!("binary://{}?key=", program.display()),
+        stderr: String::new(),
+        ..Wanted::default()
+    };
+    let opened = open_host(&wanted, "ns", "c1").await.unwrap();
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    guest.write_all(b"hello\n").await.unwrap();
+    drop((guest, opened.stderr));
+    copy_out(host, opened.stdout.unwrap(), Arc::default()).await;
+    opened.logger.unwrap().end().await;
+    assert_eq!(std::fs::read_to_string(log).unwrap(), "ns c1 key\nhello\n");
+}

@@ -1,0 +1,315 @@
+//! containerd's Task service: RPC in, plain call, answer or gRPC code out.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest,
+    CreateTaskResponse, DeleteRequest, DeleteResponse, Empty, ExecProcessRequest, KillRequest,
+    PauseRequest, PidsRequest, PidsResponse, ProcessInfo, ResizePtyRequest, ResumeRequest,
+    ShutdownRequest, StartRequest, StartResponse, StateRequest, StateResponse, StatsRequest,
+    StatsResponse, Status, UpdateTaskRequest, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::shim::oci::Options;
+use containerd_shim_protos::shim_async::Task;
+use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
+use containerd_shim_protos::ttrpc::{self, Code};
+use tokio::sync::Notify;
+use tracing::Instrument;
+
+use crate::container::{Phase, lock};
+use crate::error::{Error, Result};
+use crate::pod::Pod;
+use crate::service::Creation;
+use crate::stats;
+use crate::stdio::Wanted;
+use crate::{agent, spec, vm};
+
+/// The service of this shim's pod.
+#[derive(Clone)]
+pub struct TaskService {
+    pod: Result<Arc<Pod>, Arc<Error>>,
+    exit: Arc<Notify>,
+}
+
+/// The gRPC code that containerd's and its clients' logic expects of each error.
+fn code(error: &Error) -> Code {
+    match error {
+        Error::NoContainer { .. } | Error::NoExec { .. } | Error::Finished => Code::NOT_FOUND,
+        Error::ContainerExists { .. } | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
+        Error::WrongState { .. } | Error::Removing => Code::FAILED_PRECONDITION,
+        Error::Unsupported { .. } => Code::UNIMPLEMENTED,
+        Error::Invalid { .. } | Error::Size(_) => Code::INVALID_ARGUMENT,
+        Error::Spec(spec::Error::HostNetwork | spec::Error::ForeignNamespace { .. }) => {
+            Code::UNIMPLEMENTED
+        }
+        Error::Spec(_) => Code::INVALID_ARGUMENT,
+        Error::VmGone { .. } => Code::UNAVAILABLE,
+        Error::Vm(vm::Error::Timeout) | Error::Agent(agent::Error::NotReady { .. }) => {
+            Code::DEADLINE_EXCEEDED
+        }
+        Error::Agent(e) => e.code().unwrap_or(Code::UNKNOWN),
+        Error::Pod(inner) => code(inner),
+        Error::Config(_)
+        | Error::Rootfs(_)
+        | Error::Network(_)
+        | Error::Hook(_)
+        | Error::Cgroup(_)
+        | Error::Vm(_)
+        | Error::Stdio(_)
+        | Error::Io { .. } => Code::UNKNOWN,
+    }
+}
+
+fn status(error: Error) -> ttrpc::Error {
+    tracing::debug!("refused: {error}");
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code(&error), format!("sepal: {error}")))
+}
+
+impl TaskService {
+    /// A service for a pod, or for the reason why there is none: that is told to each call.
+    pub fn new(pod: Result<Arc<Pod>>, exit: Arc<Notify>) -> Self {
+        Self { pod: pod.map_err(Arc::new), exit }
+    }
+
+    fn pod(&self) -> Result<&Arc<Pod>> {
+        self.pod.as_ref().map_err(|e| Error::Pod(e.clone()))
+    }
+
+    async fn do_create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
+        if !request.checkpoint.is_empty() {
+            return Err(Error::Unsupported { what: "restoring a checkpoint" });
+        }
+        check_id(&request.id)?;
+        let options = options(&request)?;
+        let asked = Creation {
+            id: request.id,
+            bundle: PathBuf::from(request.bundle),
+            rootfs: request.rootfs,
+            wanted: Wanted {
+                stdin: request.stdin,
+                stdout: request.stdout,
+                stderr: request.stderr,
+                terminal: request.terminal,
+            },
+            no_pivot: options.no_pivot_root,
+        };
+        let pid = self.pod()?.create(asked).await?;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    fn do_state(&self, request: &StateRequest) -> Result<StateResponse> {
+        let pod = self.pod()?;
+        let container = pod.container(&request.id)?;
+        let process = container.process(&request.exec_id)?;
+        let mut response = StateResponse {
+            id: request.id.clone(),
+            bundle: container.bundle.display().to_string(),
+            pid: pod.pid(),
+            stdin: process.wanted.stdin.clone(),
+            stdout: process.wanted.stdout.clone(),
+            stderr: process.wanted.stderr.clone(),
+            terminal: process.wanted.terminal,
+            exec_id: request.exec_id.clone(),
+            ..Default::default()
+        };
+        let status = match process.phase() {
+            Phase::Created => Status::CREATED,
+            Phase::Running if container.paused.load(Ordering::Relaxed) => Status::PAUSED,
+            Phase::Running => Status::RUNNING,
+            Phase::Stopped(exit) => {
+                response.exit_status = exit.status;
+                response.exited_at = exit.timestamp();
+                Status::STOPPED
+            }
+        };
+        response.set_status(status);
+        Ok(response)
+    }
+
+    async fn do_stats(&self, id: &str) -> Result<StatsResponse> {
+        let stats = stats::metrics(&self.pod()?.stats(id).await?);
+        let any = containerd_shim::util::convert_to_any(Box::new(stats))
+            .map_err(|e| Error::Invalid { what: "metrics", reason: e.to_string() })?;
+        Ok(StatsResponse { stats: MessageField::some(any), ..Default::default() })
+    }
+}
+
+/// Ids become names of directories: containerd checks them, and so do we.
+fn check_id(id: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if id.is_empty() || id.len() > 128 || !id.chars().all(plain) || id.starts_with('.') {
+        return Err(Error::Invalid { what: "container id", reason: format!("{id:?} is not one") });
+    }
+    Ok(())
+}
+
+/// runc's options, where containerd sends them; what concerns runc alone has no meaning here.
+fn options(request: &CreateTaskRequest) -> Result<Options> {
+    match request.options.as_ref() {
+        Some(any) if any.type_url.ends_with("containerd.runc.v1.Options") => {
+            Options::parse_from_bytes(&any.value)
+                .map_err(|e| Error::Invalid { what: "runtime options", reason: e.to_string() })
+        }
+        _ => Ok(Options::default()),
+    }
+}
+
+/// Answers a call within a span that names the container.
+macro_rules! answer {
+    ($call:literal, $id:expr, $work:expr) => {
+        async { $work }
+            .instrument(tracing::info_span!($call, container = %$id))
+            .await
+            .map_err(status)
+    };
+}
+
+#[async_trait]
+impl Task for TaskService {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let id = request.id.clone();
+        answer!("create", id, self.do_create(request).await)
+    }
+
+    async fn start(&self, _: &TtrpcContext, r: StartRequest) -> ttrpc::Result<StartResponse> {
+        answer!("start", r.id, {
+            let pid = self.pod()?.start(&r.id, &r.exec_id).await?;
+            Ok(StartResponse { pid, ..Default::default() })
+        })
+    }
+
+    async fn state(&self, _: &TtrpcContext, r: StateRequest) -> ttrpc::Result<StateResponse> {
+        answer!("state", r.id, self.do_state(&r))
+    }
+
+    async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
+        answer!("delete", r.id, {
+            let (pid, exit) = self.pod()?.delete(&r.id, &r.exec_id).await?;
+            Ok(DeleteResponse {
+                pid,
+                exit_status: exit.status,
+                exited_at: exit.timestamp(),
+                ..Default::default()
+            })
+        })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        answer!("pids", r.id, {
+            let pod = self.pod()?;
+            pod.container(&r.id)?;
+            // Host pids are wanted, and the one process of the pod on the host is its VMM.
+            let info = ProcessInfo { pid: pod.pid(), ..Default::default() };
+            Ok(PidsResponse { processes: vec![info], ..Default::default() })
+        })
+    }
+
+    async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> ttrpc::Result<Empty> {
+        answer!("pause", r.id, {
+            self.pod()?.set_paused(&r.id, true).await?;
+            Ok(Empty::new())
+        })
+    }
+
+    async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> ttrpc::Result<Empty> {
+        answer!("resume", r.id, {
+            self.pod()?.set_paused(&r.id, false).await?;
+            Ok(Empty::new())
+        })
+    }
+
+    async fn checkpoint(&self, _: &TtrpcContext, _: CheckpointTaskRequest) -> ttrpc::Result<Empty> {
+        Err(status(Error::Unsupported { what: "checkpoint" }))
+    }
+
+    async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> ttrpc::Result<Empty> {
+        answer!("kill", r.id, {
+            self.pod()?.kill(&r.id, &r.exec_id, r.signal, r.all).await?;
+            Ok(Empty::new())
+        })
+    }
+
+    async fn exec(&self, _: &TtrpcContext, r: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        answer!("exec", r.id, {
+            check_id(&r.exec_id)?;
+            let spec = r.spec.into_option().map(|any| any.value).unwrap_or_default();
+            let wanted = Wanted {
+                stdin: r.stdin,
+                stdout: r.stdout,
+                stderr: r.stderr,
+                terminal: r.terminal,
+            };
+            self.pod()?.exec(&r.id, &r.exec_id, wanted, spec)?;
+            Ok(Empty::new())
+        })
+    }
+
+    async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> ttrpc::Result<Empty> {
+        answer!("resize", r.id, {
+            self.pod()?.resize(&r.id, &r.exec_id, r.height, r.width).await?;
+            Ok(Empty::new())
+        })
+    }
+
+    async fn close_io(&self, _: &TtrpcContext, r: CloseIORequest) -> ttrpc::Result<Empty> {
+        answer!("close-io", r.id, {
+            let process = self.pod()?.container(&r.id)?.process(&r.exec_id)?;
+            if r.stdin
+                && let Some(streams) = process.streams()
+            {
+                streams.close_stdin();
+            }
+            Ok(Empty::new())
+        })
+    }
+
+    async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        answer!("update", r.id, {
+            let resources = r.resources.into_option().map(|any| any.value).unwrap_or_default();
+            self.pod()?.update(&r.id, resources).await?;
+            Ok(Empty::new())
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, r: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        answer!("wait", r.id, {
+            let process = self.pod()?.container(&r.id)?.process(&r.exec_id)?;
+            let exit = process.ended().await;
+            Ok(WaitResponse {
+                exit_status: exit.status,
+                exited_at: exit.timestamp(),
+                ..Default::default()
+            })
+        })
+    }
+
+    async fn stats(&self, _: &TtrpcContext, r: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        answer!("stats", r.id, self.do_stats(&r.id).await)
+    }
+
+    async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: self.pod.as_ref().map_or(0, |pod| pod.pid()),
+            version: env!("CARGO_PKG_VERSION").into(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        // With other containers of the pod still there, this call was for one that is gone.
+        let empty = self.pod.as_ref().map_or(true, |pod| lock(&pod.containers).is_empty());
+        if empty {
+            self.exit.notify_one();
+        }
+        Ok(Empty::new())
+    }
+}

@@ -1,0 +1,403 @@
+//! A pod's VM from the host's side: the VMM and the file server as processes.
+//!
+//! [`Vm::spawn`] starts both at once; [`Vm::boot`] sends the specification when the pod's network
+//! is known; [`Vm::ended`] tells of the death of either. The VMM dies when the control socket
+//! closes, so that it never outlives the shim; both are killed with the thread that spawned them.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::sys::wait::WaitStatus;
+use sepal_protocol::config::Config;
+use sepal_protocol::control::{self, Booted, Request, Response};
+use sepal_protocol::paths::{guest, pod};
+use sepal_protocol::vm::{
+    ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec,
+};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::{Mutex, watch};
+
+use crate::network::Nic;
+use crate::size::Size;
+use crate::sys::{self, Child, Netns, Spawn};
+
+/// Files with what the programs say, in the pod's directory.
+const VMM_LOG: &str = "vmm.log";
+const FS_LOG: &str = "fs.log";
+/// Longest wait for the VMM to answer, [`Request::Boot`] included.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How much of a log goes into an error, in lines and in bytes.
+const TAIL_LINES: usize = 4;
+const TAIL_BYTES: u64 = 2048;
+
+/// Why there is no VM.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "each variant's text is its documentation")]
+pub enum Error {
+    #[error("cannot start {}: {source}", .program.display())]
+    Spawn { program: PathBuf, source: std::io::Error },
+    #[error("cannot {what}: {source}")]
+    Io { what: &'static str, source: std::io::Error },
+    #[error("virtual machine: {0}")]
+    Control(control::Error),
+    #[error("virtual machine: {message}")]
+    Refused { message: String },
+    #[error("virtual machine: no answer within {} s", CONTROL_TIMEOUT.as_secs())]
+    Timeout,
+    #[error("virtual machine: an answer to another question")]
+    Confused,
+}
+
+fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+    move |source| Error::Io { what, source }
+}
+
+/// The processes of a pod's VM.
+#[derive(Debug)]
+pub struct Vm {
+    /// Host pid of the VMM: what containerd is told as the pid of the pod's processes.
+    pub vmm_pid: u32,
+    /// Host pid of the file server.
+    pub fs_pid: u32,
+    vmm: Arc<OwnedFd>,
+    fs: Arc<OwnedFd>,
+    control: Mutex<AsyncFd<OwnedFd>>,
+    directory: PathBuf,
+    ended: watch::Receiver<Option<Arc<str>>>,
+}
+
+impl Vm {
+    /// Spawns the VMM in the pod's network namespace, and the file server.
+    ///
+    /// # Errors
+    /// A program is missing or cannot be run.
+    pub fn spawn(config: &Config, directory: &Path, netns: Netns<'_>) -> Result<Self, Error> {
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(|e| io("make the control socket")(e.into()))?;
+        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+            .map_err(|e| io("make the control socket")(e.into()))?;
+        let fs_socket =
+            UnixListener::bind(directory.join(pod::FS)).map_err(io("listen for the file server"))?;
+
+        let mut command = Command::new(&config.vmm);
+        command.args(["--control-fd", "3"]);
+        let vmm = start(command, config, &directory.join(VMM_LOG), theirs.as_fd(), netns)?;
+        let mut command = Command::new(&config.fs);
+        command.args(["--listen-fd", "3", "--share"]).arg(directory.join(pod::SHARE));
+        let fs = start(command, config, &directory.join(FS_LOG), fs_socket.as_fd(), Netns::Same);
+        let fs = match fs {
+            Ok(fs) => fs,
+            Err(e) => {
+                // Ends by itself as its socket closes; only the zombie must be collected.
+                drop(ours);
+                let _ = sys::pidfd_kill(&vmm.pidfd, Signal::SIGKILL);
+                tokio::spawn(async move { wait(&vmm.pidfd).await });
+                return Err(e);
+            }
+        };
+        let control = sys::watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(io("watch the control socket"))?;
+        let (vmm_fd, fs_fd) = (Arc::new(vmm.pidfd), Arc::new(fs.pidfd));
+        let (tell, ended) = watch::channel(None);
+        tokio::spawn(supervise(vmm_fd.clone(), fs_fd.clone(), directory.into(), tell));
+        Ok(Self {
+            vmm_pid: vmm.pid,
+            fs_pid: fs.pid,
+            vmm: vmm_fd,
+            fs: fs_fd,
+            control: Mutex::new(control),
+            directory: directory.into(),
+            ended,
+        })
+    }
+
+    /// Builds the VM and starts it.
+    ///
+    /// # Errors
+    /// The VMM refuses, with its reason; or it has died.
+    pub async fn boot(
+        &self,
+        config: &Config,
+        pod_id: &str,
+        size: &Size,
+        nics: Vec<Nic>,
+    ) -> Result<Booted, Error> {
+        let fs = UnixStream::connect(self.directory.join(pod::FS))
+            .map_err(io("connect to the file server"))?;
+        let mut fds: Vec<OwnedFd> = vec![fs.into()];
+        let mut net = Vec::new();
+        let mut index = |fd: OwnedFd| {
+            fds.push(fd);
+            FdIndex(u32::try_from(fds.len() - 1).unwrap_or(u32::MAX))
+        };
+        for (number, nic) in nics.into_iter().enumerate() {
+            let tap = index(nic.tap);
+            let vhost = File::options().read(true).write(true).open("/dev/vhost-net").ok();
+            net.push(NetSpec {
+                id: format!("net{number}"),
+                tap,
+                vhost: vhost.map(|file| index(file.into())),
+                mac: nic.mac,
+                mtu: nic.mtu,
+            });
+        }
+        let path = |path: &Path| Some(path.to_path_buf());
+        let image = config.initrd.is_none().then(|| config.guest_image().to_path_buf());
+        let spec = VmSpec {
+            pod_id: pod_id.into(),
+            cpus: size.cpus.clone(),
+            memory: MemorySpec {
+                size: size.memory,
+                hugepages: config.hugepages,
+                mergeable: config.ksm,
+            },
+            kernels: KernelSpec {
+                hardware: path(&config.kernel),
+                deprivileged: path(&config.kernel_deprivileged),
+            },
+            cmdline: config.kernel_args.clone(),
+            image,
+            initrd: config.initrd.clone(),
+            vsock: self.directory.join(pod::VSOCK),
+            control: Some(self.directory.join(pod::CONTROL)),
+            console: Some(self.directory.join(pod::CONSOLE)),
+            early_console: config.early_console,
+            fs: vec![FsSpec { tag: guest::SHARE_TAG.into(), socket: FdIndex(0) }],
+            net,
+            blk: Vec::new(),
+            balloon: config.balloon,
+        };
+        match self.request(&Request::Boot(Box::new(spec)), &fds).await? {
+            Response::Booted(booted) => Ok(booted),
+            _ => Err(Error::Confused),
+        }
+    }
+
+    /// Asks the VMM for something that is answered by `Ok`.
+    ///
+    /// # Errors
+    /// The VMM refuses or has died.
+    pub async fn ask(&self, request: &Request) -> Result<(), Error> {
+        match self.request(request, &[]).await? {
+            Response::Ok => Ok(()),
+            _ => Err(Error::Confused),
+        }
+    }
+
+    async fn request(&self, request: &Request, fds: &[OwnedFd]) -> Result<Response, Error> {
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let socket = self.control.lock().await;
+        let exchange = async {
+            let would_block =
+                |e: &control::Error| matches!(e, control::Error::Socket(nix::Error::EAGAIN));
+            loop {
+                match control::send(socket.get_ref(), request, &raw) {
+                    Err(e) if would_block(&e) => {}
+                    other => break other.map_err(Error::Control)?,
+                }
+                let mut guard = socket.ready(Interest::WRITABLE).await.map_err(io("wait"))?;
+                guard.clear_ready();
+            }
+            loop {
+                let mut guard = socket.ready(Interest::READABLE).await.map_err(io("wait"))?;
+                match control::receive::<Response>(socket.get_ref()) {
+                    Err(e) if would_block(&e) => guard.clear_ready(),
+                    Ok((Response::Error { message }, _)) => {
+                        return Err(Error::Refused { message });
+                    }
+                    other => return other.map(|(response, _)| response).map_err(Error::Control),
+                }
+            }
+        };
+        match tokio::time::timeout(CONTROL_TIMEOUT, exchange).await {
+            Ok(Err(Error::Control(e @ (control::Error::Closed | control::Error::Socket(_))))) => {
+                // The VMM has ended, or is about to: its own words tell more than the socket's.
+                match self.ended_within(Duration::from_secs(2)).await {
+                    Some(reason) => Err(Error::Refused { message: reason.to_string() }),
+                    None => Err(Error::Control(e)),
+                }
+            }
+            Ok(result) => result,
+            Err(_) => Err(Error::Timeout),
+        }
+    }
+
+    /// Waits until the VM has ended and tells why.
+    pub async fn ended(&self) -> Arc<str> {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone().unwrap_or_else(|| "unknown".into()),
+            // The supervisor never ends without having told.
+            Err(_) => "the supervising task has ended".into(),
+        }
+    }
+
+    /// As [`Vm::ended`], with a limit.
+    pub async fn ended_within(&self, limit: Duration) -> Option<Arc<str>> {
+        tokio::time::timeout(limit, self.ended()).await.ok()
+    }
+
+    /// Why the VM has ended, if it has.
+    pub fn gone(&self) -> Option<Arc<str>> {
+        self.ended.borrow().clone()
+    }
+
+    /// Ends both processes at once and waits until they are gone.
+    pub async fn kill(&self) {
+        for pidfd in [&self.vmm, &self.fs] {
+            // ESRCH: it has ended already.
+            let _ = sys::pidfd_kill(pidfd, Signal::SIGKILL);
+        }
+        self.ended().await;
+    }
+}
+
+fn start(
+    mut command: Command,
+    config: &Config,
+    log: &Path,
+    inherited: std::os::fd::BorrowedFd<'_>,
+    netns: Netns<'_>,
+) -> Result<Child, Error> {
+    let program = PathBuf::from(command.get_program());
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(log)
+        .map_err(io("open a log in the pod's directory"))?;
+    command.env_clear().env("RUST_LOG", config.log_level.as_str()).current_dir("/");
+    let spawn =
+        Spawn { inherited: &[inherited], netns, dies_with_parent: true, log: Some(&log) };
+    sys::spawn(command, &spawn).map_err(|source| Error::Spawn { program, source })
+}
+
+/// Waits for both processes: when one ends, the other is of no use.
+async fn supervise(
+    vmm: Arc<OwnedFd>,
+    fs: Arc<OwnedFd>,
+    directory: PathBuf,
+    tell: watch::Sender<Option<Arc<str>>>,
+) {
+    let (vmm_status, fs_status) = tokio::select! {
+        biased;
+        status = wait(&vmm) => (Some(status), None),
+        status = wait(&fs) => (None, Some(status)),
+    };
+    let reason = match (&vmm_status, &fs_status) {
+        (Some(status), _) => {
+            with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE])
+        }
+        (_, Some(status)) => {
+            let text = format!("the pod's file server has ended ({})", describe(status));
+            with_tails(text, &directory, &[FS_LOG])
+        }
+        (None, None) => String::new(),
+    };
+    for (status, pidfd) in [(vmm_status, &vmm), (fs_status, &fs)] {
+        if status.is_none() {
+            let _ = sys::pidfd_kill(pidfd, Signal::SIGKILL);
+            wait(pidfd).await;
+        }
+    }
+    tell.send_replace(Some(reason.into()));
+}
+
+/// Waits for a child and collects it.
+pub async fn wait(pidfd: &OwnedFd) -> Option<WaitStatus> {
+    let Ok(copy) = pidfd.try_clone() else { return None };
+    let watched = sys::watch(copy, Interest::READABLE).ok()?;
+    loop {
+        match sys::reap(pidfd) {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) => {}
+            Err(_) => return None,
+        }
+        let mut guard = watched.readable().await.ok()?;
+        guard.clear_ready();
+    }
+}
+
+fn describe(status: &Option<WaitStatus>) -> String {
+    match status {
+        Some(WaitStatus::Exited(_, code)) => format!("exit status {code}"),
+        Some(WaitStatus::Signaled(_, signal, _)) => format!("killed by {signal}"),
+        _ => "unknown status".into(),
+    }
+}
+
+fn vmm_reason(status: &Option<WaitStatus>) -> String {
+    let cause = match status {
+        Some(WaitStatus::Exited(_, code)) => ExitCause::from_status(*code),
+        _ => None,
+    };
+    match cause {
+        Some(ExitCause::PowerOff) => "the guest has powered off".into(),
+        Some(ExitCause::Reboot) => "the guest asked for a reboot, which a pod does not do".into(),
+        Some(ExitCause::GuestPanic) => "the guest's kernel has panicked".into(),
+        Some(ExitCause::GuestCrash) => "the guest has crashed its CPU".into(),
+        Some(ExitCause::Internal) => "the VMM has failed".into(),
+        Some(ExitCause::Refused) => "the VMM refused to start".into(),
+        None => format!("the VMM has ended ({})", describe(status)),
+    }
+}
+
+fn with_tails(mut text: String, directory: &Path, files: &[&str]) -> String {
+    for file in files {
+        let tail = tail(&directory.join(file));
+        if !tail.is_empty() {
+            text = format!("{text}; {file}: {}", tail.join(" | "));
+        }
+    }
+    text
+}
+
+/// The last lines of a log, printable: a guest writes what it likes to its console.
+pub fn tail(path: &Path) -> Vec<String> {
+    let Ok(mut file) = File::open(path) else { return Vec::new() };
+    let length = file.metadata().map(|m| m.len()).unwrap_or(0);
+    let _ = file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)));
+    let mut bytes = Vec::new();
+    let _ = file.take(TAIL_BYTES).read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes);
+    let lines: Vec<String> = text
+        .lines()
+        .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>())
+        .map(|line| line.trim().to_string())
+        .filter(|line| !line.is_empty())
+        .collect();
+    lines[lines.len().saturating_sub(TAIL_LINES)..].to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_is_short_and_printable() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut text = "old\n".repeat(2000);
+        text.push_str("one\n\x1b[31mtwo\r\n\nthree\n");
+        std::fs::write(file.path(), text).unwrap();
+        assert_eq!(tail(file.path()), ["old", "one", "[31mtwo", "three"]);
+        assert!(tail(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn each_end_has_its_sentence() {
+        let exited = |code| Some(WaitStatus::Exited(nix::unistd::Pid::from_raw(1), code));
+        assert!(vmm_reason(&exited(11)).contains("panicked"));
+        assert!(vmm_reason(&exited(1)).contains("exit status 1"));
+        assert!(vmm_reason(&None).contains("unknown"));
+    }
+}
