@@ -12,6 +12,7 @@ pub mod console;
 pub mod device;
 pub mod error;
 pub mod features;
+pub mod fs;
 pub mod pmem;
 pub mod ring;
 pub mod rng;
@@ -19,6 +20,10 @@ pub mod sys;
 pub mod vsock;
 pub mod worker;
 
+#[cfg(test)]
+mod fs_test;
+#[cfg(test)]
+mod fs_test_backend;
 #[cfg(test)]
 mod ring_test;
 #[cfg(test)]
