@@ -1,0 +1,310 @@
+//! Guest RAM and the guest's physical address map.
+//!
+//! ```text
+//!          0 ┬ RAM (the first MiB holds boot data and the ACPI tables, see `boot` and `acpi`)
+//!      3 GiB ┼ PCI window below 4 GiB: BARs that hold registers
+//! 0xe8000000 ┼ ECAM: PCI configuration space, 1 MiB for bus 0
+//! 0xfec00000 ┼ I/O APIC, local APICs, KVM's own pages
+//!      4 GiB ┼ RAM beyond the first 3 GiB
+//! 1 GiB mark ┼ PCI window above RAM: persistent memory and DAX windows
+//! ```
+//!
+//! RAM is one memfd mapped shared, so that vhost-user back ends see it and nothing depends on the
+//! size of /dev/shm. The mappings live as long as the VM; [`crate::kvm::Machine`] keeps its own
+//! reference to each that KVM knows.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use sepal_protocol::vm::MemorySpec;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// One mebibyte.
+pub const MIB: u64 = 1 << 20;
+/// One gibibyte.
+pub const GIB: u64 = 1 << 30;
+
+/// Where RAM below 4 GiB ends at the latest.
+pub const LOW_RAM_END: u64 = 3 * GIB;
+/// Where RAM goes on.
+pub const HIGH_RAM_START: u64 = 4 * GIB;
+/// PCI window for register BARs.
+pub const MMIO32_START: u64 = LOW_RAM_END;
+/// Bytes of that window.
+pub const MMIO32_SIZE: u64 = ECAM_START - MMIO32_START;
+/// PCI configuration space (ECAM, PCI Express 5.0, 7.2.2) of bus 0.
+pub const ECAM_START: u64 = 0xe800_0000;
+/// 32 devices of 8 functions of 4 KiB.
+pub const ECAM_SIZE: u64 = MIB;
+/// The I/O APIC's usual place; KVM's in-kernel one answers there.
+pub const IOAPIC: u64 = 0xfec0_0000;
+/// The local APICs' place after reset.
+pub const LAPIC: u64 = 0xfee0_0000;
+/// Three pages that KVM on VT-x wants for real mode, clear of everything else.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+/// One more for its identity page table.
+pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// RAM is handed out in units of this size: that of a huge page.
+pub const RAM_UNIT: u64 = 2 * MIB;
+/// Less than this no kernel of ours boots in.
+pub const MIN_RAM: u64 = 64 * MIB;
+/// 1 TiB: what a 40-bit physical address space leaves room for beside the PCI window.
+pub const MAX_RAM: u64 = 512 * GIB;
+/// Bytes of the PCI window above RAM.
+pub const MMIO64_SIZE: u64 = 64 * GIB;
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a size we give.
+    #[error(
+        "guest memory of {size} bytes is not possible: it must be a multiple of 2 MiB from {} MiB \
+         to {} GiB; set the pod's memory limit or `memory` in the configuration accordingly",
+        MIN_RAM / MIB, MAX_RAM / GIB
+    )]
+    Size {
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// memfd_create(2) or ftruncate(2) failed.
+    #[error("cannot allocate {size} bytes of guest memory{}: {source}", huge_hint(*.hugepages))]
+    Allocate {
+        /// Bytes asked for.
+        size: u64,
+        /// Whether of huge pages.
+        hugepages: bool,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// mmap(2) failed.
+    #[error("cannot map {size} bytes of guest memory{}: {source}", huge_hint(*.hugepages))]
+    Map {
+        /// Bytes asked for.
+        size: u64,
+        /// Whether of huge pages.
+        hugepages: bool,
+        /// The kernel's answer.
+        source: MmapRegionError,
+    },
+}
+
+fn huge_hint(hugepages: bool) -> &'static str {
+    if hugepages {
+        " of huge pages (raise vm.nr_hugepages on the host)"
+    } else {
+        ""
+    }
+}
+
+/// Where RAM and windows lie for a given size of RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layout {
+    /// Bytes of RAM from address 0.
+    pub low: u64,
+    /// Bytes of RAM from 4 GiB.
+    pub high: u64,
+}
+
+impl Layout {
+    /// # Errors
+    /// [`Error::Size`] outside of what the map has room for.
+    pub fn new(size: u64) -> Result<Self, Error> {
+        if !(MIN_RAM..=MAX_RAM).contains(&size) || size % RAM_UNIT != 0 {
+            return Err(Error::Size { size });
+        }
+        let low = size.min(LOW_RAM_END);
+        Ok(Self {
+            low,
+            high: size - low,
+        })
+    }
+
+    /// RAM as (guest-physical address, bytes), in ascending order.
+    pub fn ram(&self) -> impl Iterator<Item = (u64, u64)> {
+        [(0, self.low), (HIGH_RAM_START, self.high)]
+            .into_iter()
+            .filter(|(_, size)| *size > 0)
+    }
+
+    /// The start of the PCI window above RAM, on a 1 GiB mark so that big mappings can be huge.
+    pub fn mmio64_start(&self) -> u64 {
+        (HIGH_RAM_START + self.high).next_multiple_of(GIB)
+    }
+}
+
+/// Guest RAM.
+pub struct Ram {
+    /// As devices see it.
+    pub memory: Arc<GuestMemoryMmap>,
+    /// Where it lies.
+    pub layout: Layout,
+    /// For KVM: the same mappings, with their addresses.
+    pub regions: Vec<(u64, Arc<MmapRegion>)>,
+}
+
+impl Ram {
+    /// Allocates and maps RAM; the host gives pages as they are touched.
+    ///
+    /// # Errors
+    /// A size that is not possible, or the host has no memory for it.
+    pub fn new(spec: &MemorySpec) -> Result<Self, Error> {
+        let layout = Layout::new(spec.size)?;
+        let (size, hugepages) = (spec.size, spec.hugepages);
+        let memfd = memfd("sepal-ram", size, hugepages).map_err(|source| Error::Allocate {
+            size,
+            hugepages,
+            source,
+        })?;
+        let memfd = Arc::new(File::from(memfd));
+
+        let mut regions = Vec::new();
+        let mut mapped = Vec::new();
+        let mut offset = 0;
+        for (gpa, size) in layout.ram() {
+            let region = MmapRegionBuilder::new(size as usize)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+                .with_hugetlbfs(hugepages)
+                .with_file_offset(FileOffset::from_arc(memfd.clone(), offset))
+                .build()
+                .map_err(|source| Error::Map {
+                    size,
+                    hugepages,
+                    source,
+                })?;
+            let region = Arc::new(region);
+            advise(&region, libc::MADV_DONTDUMP);
+            if !hugepages {
+                // Takes effect where the host allows huge pages for shared memory on request
+                // (transparent_hugepage/shmem_enabled = advise); elsewhere it costs nothing.
+                advise(&region, libc::MADV_HUGEPAGE);
+            }
+            if spec.mergeable {
+                advise(&region, libc::MADV_MERGEABLE);
+            }
+            let Some(guest) = GuestRegionMmap::with_arc(region.clone(), GuestAddress(gpa)) else {
+                return Err(Error::Size { size: spec.size });
+            };
+            mapped.push(guest);
+            regions.push((gpa, region));
+            offset += size;
+        }
+        let memory =
+            GuestMemoryMmap::from_regions(mapped).map_err(|_| Error::Size { size: spec.size })?;
+        Ok(Self {
+            memory: Arc::new(memory),
+            layout,
+            regions,
+        })
+    }
+}
+
+/// A sealed-size memory file.
+fn memfd(name: &str, size: u64, hugepages: bool) -> io::Result<OwnedFd> {
+    let name = CString::new(name)?;
+    let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+    if hugepages {
+        flags |= libc::MFD_HUGETLB;
+    }
+    // SAFETY: `name` is a NUL-terminated string that outlives the call.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: memfd_create has just given us this descriptor and nobody else knows of it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    let file = File::from(fd);
+    file.set_len(size)?;
+    // A back end that shares this memory must not be able to shrink it below our feet: access
+    // beyond its end would kill the VMM with SIGBUS.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: fcntl with an integer argument on a descriptor that we own.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(file.into())
+}
+
+/// Advice is only advice: what the host does not know it ignores.
+fn advise(region: &MmapRegion, advice: i32) {
+    // SAFETY: the range is exactly this live mapping, and none of the values used above changes
+    // its contents.
+    let done = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
+    if done < 0 {
+        tracing::debug!(advice, error = %io::Error::last_os_error(), "madvise not taken");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemory};
+
+    fn spec(size: u64) -> MemorySpec {
+        MemorySpec {
+            size,
+            hugepages: false,
+            mergeable: false,
+        }
+    }
+
+    #[test]
+    fn small_ram_lies_in_one_piece() {
+        let layout = Layout::new(256 * MIB).unwrap();
+        assert_eq!(layout.ram().collect::<Vec<_>>(), [(0, 256 * MIB)]);
+        assert_eq!(layout.mmio64_start(), 4 * GIB);
+    }
+
+    #[test]
+    fn big_ram_leaves_the_hole_free() {
+        let layout = Layout::new(5 * GIB + 2 * MIB).unwrap();
+        let ram: Vec<_> = layout.ram().collect();
+        assert_eq!(ram, [(0, 3 * GIB), (4 * GIB, 2 * GIB + 2 * MIB)]);
+        assert_eq!(layout.mmio64_start(), 7 * GIB);
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        for size in [
+            0,
+            MIB,
+            MIN_RAM - RAM_UNIT,
+            MIN_RAM + 4096,
+            MAX_RAM + RAM_UNIT,
+            u64::MAX,
+        ] {
+            assert!(
+                matches!(Layout::new(size), Err(Error::Size { .. })),
+                "{size}"
+            );
+        }
+    }
+
+    #[test]
+    fn ram_is_readable_where_the_layout_says_and_nowhere_else() {
+        let ram = Ram::new(&spec(4 * GIB)).unwrap();
+        for gpa in [0, 3 * GIB - 8, 4 * GIB, 5 * GIB - 8] {
+            ram.memory.write_obj(gpa, GuestAddress(gpa)).unwrap();
+            assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa);
+        }
+        for gpa in [3 * GIB, 4 * GIB - 8, 5 * GIB] {
+            assert!(!ram.memory.address_in_range(GuestAddress(gpa)), "{gpa:#x}");
+        }
+    }
+
+    #[test]
+    fn both_pieces_are_parts_of_one_file() {
+        let ram = Ram::new(&spec(4 * GIB)).unwrap();
+        let offsets: Vec<_> = ram
+            .regions
+            .iter()
+            .map(|(_, r)| r.file_offset().unwrap().start())
+            .collect();
+        assert_eq!(offsets, [0, 3 * GIB]);
+    }
+}

@@ -1,0 +1,103 @@
+//! Wires whose ends a test holds.
+
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::AsRawFd;
+use std::sync::Mutex;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::wires::Wires;
+use crate::kvm::{Error, Msi};
+
+#[derive(Default)]
+struct Ends {
+    next: u32,
+    routes: BTreeMap<u32, Msi>,
+    lines: HashMap<i32, (EventFd, u32)>,
+    doorbells: BTreeMap<u64, i32>,
+}
+
+/// Stands for KVM: keeps what is wired to what.
+#[derive(Default)]
+pub struct TestWires(Mutex<Ends>);
+
+impl TestWires {
+    /// The messages that have been delivered since the last call.
+    pub fn interrupts(&self) -> Vec<Msi> {
+        let ends = self.0.lock().unwrap();
+        let mut messages = Vec::new();
+        for (event, gsi) in ends.lines.values() {
+            if event.read().is_ok() {
+                messages.push(ends.routes[gsi]);
+            }
+        }
+        messages.sort_by_key(|m| (m.address, m.data));
+        messages
+    }
+
+    /// How many irqfds there are.
+    pub fn connected(&self) -> usize {
+        self.0.lock().unwrap().lines.len()
+    }
+
+    /// Where the guest's writes would ring.
+    pub fn doorbells(&self) -> Vec<u64> {
+        self.0.lock().unwrap().doorbells.keys().copied().collect()
+    }
+}
+
+impl Wires for TestWires {
+    fn allocate_gsi(&self) -> u32 {
+        let mut ends = self.0.lock().unwrap();
+        ends.next += 1;
+        ends.next
+    }
+
+    fn route(&self, gsi: u32, msi: Msi) -> Result<(), Error> {
+        self.0.lock().unwrap().routes.insert(gsi, msi);
+        Ok(())
+    }
+
+    fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
+        let ours = event.try_clone().unwrap();
+        let before = self
+            .0
+            .lock()
+            .unwrap()
+            .lines
+            .insert(event.as_raw_fd(), (ours, gsi));
+        assert!(before.is_none(), "connected twice");
+        Ok(())
+    }
+
+    fn disconnect(&self, event: &EventFd, _: u32) -> Result<(), Error> {
+        assert!(
+            self.0
+                .lock()
+                .unwrap()
+                .lines
+                .remove(&event.as_raw_fd())
+                .is_some()
+        );
+        Ok(())
+    }
+
+    fn add_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error> {
+        let before = self
+            .0
+            .lock()
+            .unwrap()
+            .doorbells
+            .insert(gpa, event.as_raw_fd());
+        assert!(before.is_none(), "two doorbells at {gpa:#x}");
+        Ok(())
+    }
+
+    fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error> {
+        assert_eq!(
+            self.0.lock().unwrap().doorbells.remove(&gpa),
+            Some(event.as_raw_fd())
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,47 @@
+//! What leads from a PCI function to the guest's CPUs and back: interrupts and doorbells.
+//!
+//! KVM implements it; the transport's tests look at the wires themselves.
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::kvm::{Error, Machine, Msi};
+
+/// Interrupts by irqfd, doorbells by ioeventfd.
+#[allow(
+    missing_docs,
+    reason = "each is the function of the same name of Machine"
+)]
+pub trait Wires: Send + Sync {
+    fn allocate_gsi(&self) -> u32;
+    fn route(&self, gsi: u32, msi: Msi) -> Result<(), Error>;
+    fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), Error>;
+    fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), Error>;
+    fn add_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error>;
+    fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error>;
+}
+
+impl Wires for Machine {
+    fn allocate_gsi(&self) -> u32 {
+        self.allocate_gsi()
+    }
+
+    fn route(&self, gsi: u32, msi: Msi) -> Result<(), Error> {
+        self.route(gsi, msi)
+    }
+
+    fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
+        self.connect(event, gsi)
+    }
+
+    fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
+        self.disconnect(event, gsi)
+    }
+
+    fn add_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error> {
+        self.add_doorbell(gpa, event)
+    }
+
+    fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error> {
+        self.remove_doorbell(gpa, event)
+    }
+}

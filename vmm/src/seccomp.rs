@@ -1,0 +1,289 @@
+//! System calls that each kind of thread may make; any other ends the process.
+//!
+//! Filters are by number, and by argument where one call can do very different things (prctl,
+//! socket, clone). A call that is not allowed names itself on stderr before the process dies with
+//! the status of an internal error, so that a missing entry is found at once.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::OnceLock;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+use sepal_protocol::vm::ExitCause;
+
+use crate::virtio::device::DeviceType;
+
+/// What happens at a system call that is not allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Action {
+    /// The process ends.
+    Kill,
+    /// The kernel's audit log names it and it is made.
+    Log,
+    /// There are no filters.
+    Off,
+}
+
+/// Kinds of threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thread {
+    /// The main thread once the VM runs.
+    Control,
+    /// A vCPU.
+    Vcpu,
+    /// A device's worker.
+    Device(DeviceType),
+}
+
+static ACTION: OnceLock<Action> = OnceLock::new();
+
+/// Decides for the whole process. Only the first call counts.
+pub fn choose(action: Action) {
+    let _ = ACTION.set(action);
+}
+
+/// Every thread: memory, locks, time, its own end, writing to what it has.
+const EVERY: &[i64] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_close,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_futex,
+    libc::SYS_sched_yield,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    // A panic or abort of ours must be able to end the process with its own signal.
+    libc::SYS_tgkill,
+];
+
+/// What configures and stops devices: their workers' threads, queues and back ends. vCPU threads
+/// do that for boot devices, the control thread for hot-plugged ones.
+const DEVICES: &[i64] = &[
+    libc::SYS_ioctl,
+    libc::SYS_eventfd2,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_fcntl,
+    libc::SYS_dup,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_clone3,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_capset,
+    libc::SYS_seccomp,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+];
+
+/// The control thread besides.
+const CONTROL: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_getsockopt,
+    libc::SYS_fstat,
+    libc::SYS_lseek,
+    libc::SYS_uname,
+];
+
+/// Workers besides: events, and files and sockets they were given.
+const WORKER: &[i64] = &[
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_ctl,
+    libc::SYS_readv,
+    libc::SYS_fcntl,
+    libc::SYS_dup,
+    libc::SYS_ioctl,
+    libc::SYS_poll,
+    libc::SYS_eventfd2,
+];
+
+fn calls_of(thread: Thread) -> Vec<i64> {
+    let own: &[&[i64]] = match thread {
+        Thread::Control => &[DEVICES, CONTROL],
+        Thread::Vcpu => &[DEVICES],
+        Thread::Device(DeviceType::Console) => &[
+            WORKER,
+            &[libc::SYS_pwrite64, libc::SYS_pread64, libc::SYS_ftruncate],
+        ],
+        Thread::Device(DeviceType::Block) => &[
+            WORKER,
+            &[
+                libc::SYS_preadv,
+                libc::SYS_pwritev,
+                libc::SYS_preadv2,
+                libc::SYS_pwritev2,
+                libc::SYS_pread64,
+                libc::SYS_pwrite64,
+                libc::SYS_fsync,
+                libc::SYS_fdatasync,
+                libc::SYS_fallocate,
+                libc::SYS_fstat,
+                libc::SYS_lseek,
+            ],
+        ],
+        Thread::Device(DeviceType::Vsock) => &[
+            WORKER,
+            &[
+                libc::SYS_accept4,
+                libc::SYS_connect,
+                libc::SYS_shutdown,
+                libc::SYS_recvfrom,
+                libc::SYS_sendto,
+                libc::SYS_recvmsg,
+                libc::SYS_sendmsg,
+                libc::SYS_getsockopt,
+                libc::SYS_setsockopt,
+            ],
+        ],
+        Thread::Device(DeviceType::Balloon) => &[WORKER, &[libc::SYS_fallocate]],
+        Thread::Device(DeviceType::Fs) => &[
+            WORKER,
+            &[libc::SYS_recvmsg, libc::SYS_sendmsg, libc::SYS_fallocate],
+        ],
+        Thread::Device(_) => &[WORKER],
+    };
+    own.iter()
+        .copied()
+        .flatten()
+        .chain(EVERY)
+        .copied()
+        .collect()
+}
+
+/// `value` is the only allowed value of the low 32 bits of argument `index`.
+fn only(index: u8, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(vec![SeccompCondition::new(
+        index,
+        SeccompCmpArgLen::Dword,
+        SeccompCmpOp::Eq,
+        value,
+    )?])
+}
+
+fn program(thread: Thread, action: Action) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = calls_of(thread)
+        .into_iter()
+        .map(|call| (call, Vec::new()))
+        .collect();
+    rules.insert(
+        libc::SYS_prctl,
+        vec![
+            only(0, libc::PR_SET_NAME as u64)?,
+            only(0, libc::PR_SET_NO_NEW_PRIVS as u64)?,
+            only(0, libc::PR_SET_SECCOMP as u64)?,
+            // glibc names its anonymous mappings.
+            only(0, libc::PR_SET_VMA as u64)?,
+        ],
+    );
+    if thread == Thread::Device(DeviceType::Vsock) {
+        rules.insert(libc::SYS_socket, vec![only(0, libc::AF_UNIX as u64)?]);
+    }
+    let mismatch = match action {
+        Action::Log => SeccompAction::Log,
+        Action::Kill | Action::Off => SeccompAction::Trap,
+    };
+    let filter = SeccompFilter::new(rules, mismatch, SeccompAction::Allow, TargetArch::x86_64)?;
+    filter.try_into()
+}
+
+/// Confines the calling thread, for good.
+///
+/// # Errors
+/// The kernel has no seccomp filters.
+pub fn confine(thread: Thread) -> io::Result<()> {
+    let action = ACTION.get().copied().unwrap_or(Action::Kill);
+    if action == Action::Off {
+        return Ok(());
+    }
+    let program = program(thread, action).map_err(io::Error::other)?;
+    seccompiler::apply_filter(&program).map_err(io::Error::other)
+}
+
+/// Makes a forbidden call name itself.
+///
+/// # Errors
+/// sigaction(2).
+pub fn install_handler() -> io::Result<()> {
+    // SAFETY: an all-zero sigaction is valid; the handler is async-signal-safe (see there).
+    let done = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_forbidden as *const () as libc::sighandler_t;
+        action.sa_flags = libc::SA_SIGINFO;
+        libc::sigemptyset(&mut action.sa_mask);
+        libc::sigaction(libc::SIGSYS, &action, std::ptr::null_mut())
+    };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+extern "C" fn on_forbidden(
+    _signal: libc::c_int,
+    info: *mut libc::siginfo_t,
+    _context: *mut libc::c_void,
+) {
+    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; for SIGSYS, si_syscall lies 8
+    // bytes into its union, which begins 16 bytes into the structure (sigaction(2)).
+    let call = unsafe { info.cast::<i32>().add(6).read() };
+    let mut text = *b"sepal-vmm: system call 0000 is not allowed in this thread\n";
+    let mut rest = call.unsigned_abs();
+    for digit in text[23..27].iter_mut().rev() {
+        *digit = b'0' + (rest % 10) as u8;
+        rest /= 10;
+    }
+    // SAFETY: write(2) and _exit(2) are async-signal-safe; the buffer is on this stack.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
+        libc::_exit(ExitCause::Internal.status().into());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_thread_has_a_filter_that_compiles() {
+        let devices = [
+            DeviceType::Net,
+            DeviceType::Block,
+            DeviceType::Console,
+            DeviceType::Rng,
+            DeviceType::Balloon,
+            DeviceType::Vsock,
+            DeviceType::Fs,
+            DeviceType::Pmem,
+        ];
+        let kinds = [Thread::Control, Thread::Vcpu];
+        for kind in kinds.into_iter().chain(devices.map(Thread::Device)) {
+            assert!(!program(kind, Action::Kill).unwrap().is_empty());
+            assert!(!calls_of(kind).contains(&libc::SYS_execve));
+            assert!(!calls_of(kind).contains(&libc::SYS_openat));
+        }
+    }
+}

@@ -1,0 +1,344 @@
+//! The life of a VM, top to bottom.
+//!
+//! [`Prepared`] is what can be had before anyone has said what to boot: the shim spawns the VMM
+//! first and looks at the pod's network meanwhile. [`boot`] turns it into a running [`Vm`]: RAM,
+//! then the kernel on one thread and the devices on another, then the vCPUs.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use anyhow::{Context, Result, anyhow, bail};
+use kvm_bindings::CpuId;
+use sepal_protocol::vm::{FdIndex, KvmFlavour, VmSpec};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::boot::{self, Kernel};
+use crate::bus::Bus;
+use crate::clock::{self, Stages};
+use crate::exit::Exit;
+use crate::kvm::{self, Backing, Host, Machine, Vcpu};
+use crate::memory::{Layout, MMIO64_SIZE, Ram};
+use crate::pci::virtio::VirtioPci;
+use crate::pci::{PciBus, first_bar};
+use crate::platform::{EVENT_PIN, Platform};
+use crate::serial::Serial;
+use crate::vcpu::{self, Vcpus};
+use crate::virtio::console::{Console, Log};
+use crate::virtio::device::VirtioDevice;
+use crate::virtio::pmem::{self, Image, Pmem};
+use crate::virtio::rng::Rng;
+use crate::{acpi, cmdline, jail};
+
+/// What is ready before the specification comes.
+pub struct Prepared {
+    machine: Arc<Machine>,
+    boot_cpu: Vcpu,
+    cpuid: CpuId,
+    max_cpus: usize,
+    /// The KVM found.
+    pub flavour: KvmFlavour,
+}
+
+impl Prepared {
+    /// Opens /dev/kvm and makes a VM with its first vCPU.
+    ///
+    /// # Errors
+    /// No usable KVM on this host.
+    pub fn new() -> Result<Self, kvm::Error> {
+        let host = Host::open()?;
+        let machine = host.create_machine()?;
+        let boot_cpu = machine.create_vcpu(0)?;
+        Ok(Self {
+            cpuid: host.supported_cpuid()?,
+            max_cpus: host.max_vcpus(),
+            flavour: boot_cpu.flavour(),
+            machine: Arc::new(machine),
+            boot_cpu,
+        })
+    }
+}
+
+/// Descriptors that came with a request. Each can be taken once.
+pub struct Descriptors(Vec<Option<OwnedFd>>);
+
+impl Descriptors {
+    /// Those received with a message.
+    pub fn new(fds: Vec<OwnedFd>) -> Self {
+        Self(fds.into_iter().map(Some).collect())
+    }
+
+    /// # Errors
+    /// There is none with that index, or it has been taken.
+    pub fn take(&mut self, index: FdIndex, what: &str) -> Result<OwnedFd> {
+        let slot = self.0.get_mut(index.0 as usize);
+        slot.and_then(Option::take)
+            .ok_or_else(|| anyhow!("{what}: no descriptor {} came with the request", index.0))
+    }
+}
+
+/// A running VM.
+pub struct Vm {
+    /// Its vCPUs.
+    pub vcpus: Vcpus,
+    /// Its devices.
+    pub bus: Arc<Bus>,
+    /// The guest's kernel log.
+    pub log: Arc<Log>,
+    /// Written to when the guest has let go of a device.
+    pub ejected: EventFd,
+    /// vCPUs at boot.
+    pub cpus: u8,
+    /// Bytes of RAM.
+    pub memory: u64,
+    builder: Builder,
+}
+
+impl Vm {
+    /// Ends all threads that touch guest memory, vCPUs first.
+    pub fn stop(&mut self) {
+        self.vcpus.stop();
+        self.bus.pci.stop();
+    }
+}
+
+/// What is needed to put a device on the bus, now and when one is hot-plugged.
+struct Builder {
+    machine: Arc<Machine>,
+    memory: Arc<GuestMemoryMmap>,
+    window: Window,
+}
+
+/// Addresses above RAM, handed out upwards.
+struct Window {
+    next: u64,
+    end: u64,
+}
+
+impl Window {
+    fn above(layout: &Layout) -> Self {
+        let next = layout.mmio64_start();
+        Self {
+            next,
+            end: next + MMIO64_SIZE,
+        }
+    }
+
+    fn take(&mut self, size: u64, align: u64) -> Result<u64> {
+        let start = self.next.next_multiple_of(align);
+        let end = start.checked_add(size).filter(|end| *end <= self.end);
+        self.next = end.ok_or_else(|| anyhow!("no room for {size} bytes above guest memory"))?;
+        Ok(start)
+    }
+}
+
+impl Builder {
+    fn function(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<VirtioPci> {
+        let wires = self.machine.clone();
+        Ok(VirtioPci::new(
+            device,
+            self.memory.clone(),
+            wires,
+            first_bar(slot),
+        )?)
+    }
+
+    fn add(&self, pci: &PciBus, id: Option<&str>, device: Box<dyn VirtioDevice>) -> Result<()> {
+        let slot = pci.free_boot_slot()?;
+        pci.insert(slot, id.map(str::to_owned), self.function(slot, device)?);
+        Ok(())
+    }
+}
+
+/// Boots what `spec` says. When it returns the vCPUs run.
+///
+/// # Errors
+/// One sentence for the operator: what of the specification or the host is not fit.
+pub fn boot(
+    prepared: Prepared,
+    spec: &VmSpec,
+    fds: &mut Descriptors,
+    exit: &Arc<Exit>,
+    stages: &mut Stages,
+) -> Result<Vm> {
+    check(spec, &prepared)?;
+    let Prepared {
+        machine,
+        boot_cpu,
+        cpuid,
+        flavour,
+        ..
+    } = prepared;
+    let kernel = kernel_for(spec, flavour)?;
+
+    let ram = Ram::new(&spec.memory)?;
+    for (gpa, region) in &ram.regions {
+        machine.add_memory(*gpa, Backing::Ram(region.clone()))?;
+    }
+    stages.reached("memory");
+
+    let window = Window::above(&ram.layout);
+    let mut builder = Builder {
+        machine: machine.clone(),
+        memory: ram.memory.clone(),
+        window,
+    };
+    let log = open_log(spec.console.as_deref())?;
+    // Loading the kernel is mostly copying; the devices mostly wait for the host's kernel.
+    let (loaded, devices) = thread::scope(|scope| {
+        let loader = scope.spawn(|| {
+            let loaded = load(kernel, spec, &ram);
+            (loaded, clock::now())
+        });
+        let devices = add_devices(&mut builder, spec, fds, &log);
+        let loaded = loader
+            .join()
+            .map_err(|_| anyhow!("the kernel's loader panicked"));
+        (loaded, devices)
+    });
+    let pci = devices?;
+    stages.reached("devices");
+    let (loaded, loaded_at) = loaded?;
+    let (kernel, initrd) = loaded?;
+    stages.at("kernel-loaded", loaded_at);
+
+    let rsdp = acpi::write(&ram.memory, &ram.layout, spec.cpus.max)?;
+    let command_line = cmdline::build(spec, flavour);
+    let entry = boot::write_boot_data(
+        &ram.memory,
+        &ram.layout,
+        &kernel,
+        initrd,
+        &command_line,
+        rsdp,
+    )?;
+
+    let platform = Arc::new(Platform::new(exit.clone())?);
+    machine.connect_pin(platform.interrupt(), EVENT_PIN)?;
+    let ejected = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
+    pci.notify_ejected(ejected.try_clone()?);
+    let eject = pci.clone();
+    platform.on_eject(Box::new(move |slots| eject.eject(slots)));
+    let serial = spec.early_console.then(|| Serial::new(log.clone()));
+    let bus = Arc::new(Bus {
+        pci,
+        platform,
+        serial,
+    });
+
+    let mut cpus = vec![boot_cpu];
+    for id in 1..spec.cpus.max {
+        cpus.push(machine.create_vcpu(id)?);
+    }
+    for cpu in &cpus {
+        let entry = (cpu.id() == 0).then_some(&entry);
+        vcpu::configure(cpu, &cpuid, spec.cpus.max, entry)?;
+    }
+    stages.reached("configured");
+    // Everything is open now; the vCPUs' threads inherit what the process gives up here.
+    jail::confine()?;
+    let vcpus = Vcpus::start(cpus, &bus, exit).context("cannot start a vCPU thread")?;
+    stages.reached("running");
+    Ok(Vm {
+        vcpus,
+        bus,
+        log,
+        ejected,
+        cpus: spec.cpus.boot,
+        memory: spec.memory.size,
+        builder,
+    })
+}
+
+fn check(spec: &VmSpec, prepared: &Prepared) -> Result<()> {
+    let cpus = &spec.cpus;
+    if !(1..=64).contains(&cpus.boot) || !(cpus.boot..=64).contains(&cpus.max) {
+        bail!(
+            "{} CPUs of at most {} are not possible: 1 to 64 are",
+            cpus.boot,
+            cpus.max
+        );
+    }
+    if usize::from(cpus.max) > prepared.max_cpus {
+        bail!(
+            "{} CPUs are not possible: KVM on this host gives {}",
+            cpus.max,
+            prepared.max_cpus
+        );
+    }
+    Ok(())
+}
+
+/// The kernel that fits this KVM.
+fn kernel_for(spec: &VmSpec, flavour: KvmFlavour) -> Result<&Path> {
+    let (kernel, remedy) = match flavour {
+        KvmFlavour::Hardware => (
+            &spec.kernels.hardware,
+            "KVM of this host runs guests in hardware and no kernel for that is configured; \
+             install vmlinux and set `kernel` in the configuration",
+        ),
+        KvmFlavour::Deprivileged => (
+            &spec.kernels.deprivileged,
+            "KVM of this host runs guests deprivileged and no kernel for that is configured; \
+             install vmlinux-deprivileged and set `kernel_deprivileged` in the configuration",
+        ),
+    };
+    kernel.as_deref().ok_or_else(|| anyhow!(remedy))
+}
+
+fn load(path: &Path, spec: &VmSpec, ram: &Ram) -> Result<(Kernel, Option<(u64, u64)>)> {
+    let kernel = boot::load_kernel(path, &ram.memory, &ram.layout)?;
+    let initrd = spec.initrd.as_deref();
+    let initrd = initrd
+        .map(|path| boot::load_initrd(path, &ram.memory, &ram.layout, &kernel))
+        .transpose()?;
+    Ok((kernel, initrd))
+}
+
+fn open_log(path: Option<&Path>) -> Result<Arc<Log>> {
+    let open = |path: &Path| {
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(path)
+    };
+    let failed = || {
+        format!(
+            "cannot write the console file {}",
+            path.unwrap_or(Path::new("")).display()
+        )
+    };
+    let file = path.map(open).transpose().with_context(failed)?;
+    Log::new(file).with_context(failed)
+}
+
+/// All devices of the specification, in the order in which the guest finds them.
+fn add_devices(
+    builder: &mut Builder,
+    spec: &VmSpec,
+    _fds: &mut Descriptors,
+    log: &Arc<Log>,
+) -> Result<Arc<PciBus>> {
+    let pci = Arc::new(PciBus::default());
+    builder.add(&pci, None, Box::new(Console::new(log.clone())))?;
+    builder.add(&pci, None, Box::new(Rng::default()))?;
+    if let Some(path) = &spec.image {
+        let file = boot::open("image", path)?;
+        let image = Image::map(&file)
+            .with_context(|| format!("cannot map the guest image {}", path.display()))?;
+        let (gpa, size) = (
+            builder.window.take(image.size(), pmem::ALIGN)?,
+            image.size(),
+        );
+        builder
+            .machine
+            .add_memory(gpa, Backing::Image(Arc::new(image)))?;
+        builder.add(&pci, None, Box::new(Pmem::new(gpa, size)))?;
+    }
+    Ok(pci)
+}
