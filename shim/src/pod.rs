@@ -211,7 +211,7 @@ impl Pod {
             spec::Network::Join(path) => Some(open_netns(path)?),
         };
         let netns = joined.as_ref().map_or(Netns::New, |fd| Netns::Join(fd.as_fd()));
-        let vm = Arc::new(Vm::spawn(config, &self.directory, netns)?);
+        let vm = Arc::new(Vm::spawn(config, &self.name, &self.directory, netns)?);
         let _ = self.vm.set(vm.clone());
         self.timeline.note("vmm-spawned");
         self.record(|record| {

@@ -81,7 +81,12 @@ impl Vm {
     ///
     /// # Errors
     /// A program is missing or cannot be run.
-    pub fn spawn(config: &Config, directory: &Path, netns: Netns<'_>) -> Result<Self, Error> {
+    pub fn spawn(
+        config: &Config,
+        pod_id: &str,
+        directory: &Path,
+        netns: Netns<'_>,
+    ) -> Result<Self, Error> {
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .map_err(|e| io("make the control socket")(e.into()))?;
@@ -91,11 +96,12 @@ impl Vm {
             UnixListener::bind(directory.join(pod::FS)).map_err(io("listen for the file server"))?;
 
         let mut command = Command::new(&config.vmm);
-        command.args(["--control-fd", "3"]);
-        let vmm = start(command, config, &directory.join(VMM_LOG), theirs.as_fd(), netns)?;
+        command.args(["--control-fd", "3", "--pod", pod_id, "--log", config.log_level.as_str()]);
+        let vmm = start(command, &directory.join(VMM_LOG), theirs.as_fd(), netns)?;
         let mut command = Command::new(&config.fs);
-        command.args(["--listen-fd", "3", "--share"]).arg(directory.join(pod::SHARE));
-        let fs = start(command, config, &directory.join(FS_LOG), fs_socket.as_fd(), Netns::Same);
+        command.args(["--listen-fd", "3", "--log-level", config.log_level.as_str(), "--share"]);
+        command.arg(directory.join(pod::SHARE));
+        let fs = start(command, &directory.join(FS_LOG), fs_socket.as_fd(), Netns::Same);
         let fs = match fs {
             Ok(fs) => fs,
             Err(e) => {
@@ -264,7 +270,6 @@ impl Vm {
 
 fn start(
     mut command: Command,
-    config: &Config,
     log: &Path,
     inherited: std::os::fd::BorrowedFd<'_>,
     netns: Netns<'_>,
@@ -276,7 +281,7 @@ fn start(
         .mode(0o600)
         .open(log)
         .map_err(io("open a log in the pod's directory"))?;
-    command.env_clear().env("RUST_LOG", config.log_level.as_str()).current_dir("/");
+    command.env_clear().current_dir("/");
     let spawn =
         Spawn { inherited: &[inherited], netns, dies_with_parent: true, log: Some(&log) };
     sys::spawn(command, &spawn).map_err(|source| Error::Spawn { program, source })

@@ -1,0 +1,366 @@
+//! The real shim program, driven as containerd drives it, over a pod whose VM is a stand-in.
+//!
+//! These tests need root (mounts, network namespaces, cgroups) and are ignored without asking.
+
+mod common;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::*;
+use containerd_shim_protos::protobuf::Message;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::shim::events::ForwardRequest;
+use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
+use containerd_shim_protos::ttrpc::r#async::{Server, TtrpcContext};
+use containerd_shim_protos::ttrpc::{self, context};
+use sepal_protocol::state::PodState;
+
+/// Becomes the stand-in when the shim has started this binary; a test of nothing otherwise.
+#[test]
+fn stand_in_for_the_vmm() {
+    if std::env::var_os("SEPAL_STAND_IN").is_some() {
+        common::vmm();
+    }
+}
+
+#[derive(Default)]
+struct Containerd {
+    topics: Arc<Mutex<Vec<String>>>,
+}
+
+#[async_trait]
+impl Events for Containerd {
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
+        let event = request.envelope().topic().trim_start_matches("/tasks/").to_string();
+        self.topics.lock().unwrap().push(event);
+        Ok(Empty::new())
+    }
+}
+
+struct Bed {
+    dir: tempfile::TempDir,
+    id: String,
+    topics: Arc<Mutex<Vec<String>>>,
+    _server: Server,
+}
+
+const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-sepal-v2");
+
+impl Bed {
+    async fn new(name: &str, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let id = format!("test-{name}-{}", std::process::id());
+        let containerd = Containerd::default();
+        let topics = containerd.topics.clone();
+        let address = format!("unix://{}/ttrpc", dir.path().display());
+        let mut server =
+            Server::new().bind(&address).unwrap().register_service(create_events(Arc::new(containerd)));
+        server.start().await.unwrap();
+        let bed = Self { dir, id, topics, _server: server };
+        bed.write_script("vmm", "exec \"$SELF\" --exact stand_in_for_the_vmm --nocapture");
+        // Lives until its VMM has gone, as the real one.
+        bed.write_script("fs", "exec sleep 600");
+        bed.configure("");
+        let rootfs = bed.bundle().join("rootfs");
+        std::fs::create_dir_all(rootfs).unwrap();
+        bed.spec(args, serde_json::json!([]));
+        bed
+    }
+
+    fn bundle(&self) -> PathBuf {
+        self.dir.path().join("bundle")
+    }
+
+    fn write_script(&self, name: &str, line: &str) {
+        let me = std::env::current_exe().unwrap();
+        let text =
+            format!("#!/bin/sh\nexport SEPAL_STAND_IN=1 SELF={}\n{line}\n", me.display());
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(path, mode).unwrap();
+    }
+
+    fn configure(&self, more: &str) {
+        let dir = self.dir.path().display();
+        let text = format!("vmm = \"{dir}/vmm\"\nfs = \"{dir}/fs\"\nlog_level = \"debug\"\n{more}");
+        std::fs::write(self.dir.path().join("config.toml"), text).unwrap();
+    }
+
+    fn spec(&self, args: &[&str], mounts: serde_json::Value) {
+        let spec = serde_json::json!({
+            "ociVersion": "1.2.0",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": args, "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "mounts": mounts,
+            "linux": {
+                "cgroupsPath": format!("/sepal/{}", self.id),
+                "namespaces": [{"type": "pid"}, {"type": "network"}]
+            }
+        });
+        std::fs::write(self.bundle().join("config.json"), spec.to_string()).unwrap();
+    }
+
+    fn shim(&self, action: &str) -> std::process::Output {
+        Command::new(SHIM)
+            .args(["-namespace", "test", "-id", &self.id, "-address", "/nonexistent/containerd"])
+            .arg("-bundle")
+            .arg(self.bundle())
+            .arg(action)
+            .current_dir(self.bundle())
+            .env("TTRPC_ADDRESS", self.dir.path().join("ttrpc"))
+            .env("SEPAL_CONFIG", self.dir.path().join("config.toml"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    async fn start(&self) -> TaskClient {
+        let output = self.shim("start");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let address = String::from_utf8(output.stdout).unwrap();
+        TaskClient::new(Client::connect(&address).await.unwrap())
+    }
+
+    fn fifo(&self, name: &str) -> String {
+        let path = self.dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path.display().to_string()
+    }
+
+    fn create_request(&self) -> CreateTaskRequest {
+        CreateTaskRequest {
+            id: self.id.clone(),
+            bundle: self.bundle().display().to_string(),
+            ..Default::default()
+        }
+    }
+
+    fn pod(&self) -> PathBuf {
+        Path::new("/run/sepal").join(PodState::pod_id("test", &self.id))
+    }
+
+    /// All that the pod could have left.
+    fn assert_nothing_left(&self, state: &PodState) {
+        assert!(!self.pod().exists(), "{:?}", std::fs::read_dir(self.pod()).map(Vec::from_iter));
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains(&self.id), "a mount is left");
+        for process in [state.vmm, state.fs].into_iter().flatten() {
+            assert!(!process.alive(), "{process:?} is left");
+        }
+        for cgroup in &state.cgroups {
+            assert!(!cgroup.exists(), "{} is left", cgroup.display());
+        }
+    }
+
+    fn topics(&self) -> Vec<String> {
+        self.topics.lock().unwrap().clone()
+    }
+
+    async fn wait_for_topic(&self, topic: &str) {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while !self.topics().iter().any(|t| t == topic) {
+            assert!(Instant::now() < deadline, "no {topic} in {:?}", self.topics());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
+
+fn within() -> context::Context {
+    context::with_timeout(30_000_000_000)
+}
+
+fn code(error: ttrpc::Error) -> (ttrpc::Code, String) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_string()),
+        other => panic!("{other}"),
+    }
+}
+
+fn start_of(id: &str) -> StartRequest {
+    StartRequest { id: id.into(), ..Default::default() }
+}
+
+fn wait_of(id: &str) -> WaitRequest {
+    WaitRequest { id: id.into(), ..Default::default() }
+}
+
+fn delete_of(id: &str) -> DeleteRequest {
+    DeleteRequest { id: id.into(), ..Default::default() }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn a_container_runs_from_create_to_shutdown_and_leaves_nothing() {
+    let bed = Bed::new("run", &["sh", "-c", "echo out; echo err >&2; cat; exit 42"]).await;
+    let task = bed.start().await;
+    let mut create = bed.create_request();
+    create.stdin = bed.fifo("in");
+    create.stdout = bed.fifo("out");
+    create.stderr = bed.fifo("err");
+    let reader = |path: String| {
+        tokio::task::spawn_blocking(move || {
+            let mut text = String::new();
+            std::fs::File::open(path).unwrap().read_to_string(&mut text).unwrap();
+            text
+        })
+    };
+    let (out, err) = (reader(create.stdout.clone()), reader(create.stderr.clone()));
+    let stdin = create.stdin.clone();
+    let pid = task.create(within(), &create).await.unwrap().pid;
+    let state = PodState::load(&bed.pod()).unwrap();
+    assert_eq!(state.vmm.unwrap().pid, pid, "the pid is the VMM's, alive on the host");
+    assert!(std::fs::metadata(format!("/proc/{pid}")).is_ok());
+    let again = code(task.create(within(), &create).await.unwrap_err());
+    assert_eq!(again.0, ttrpc::Code::ALREADY_EXISTS);
+    task.start(within(), &start_of(&bed.id)).await.unwrap();
+    tokio::task::spawn_blocking(move || std::fs::write(stdin, "typed\n")).await.unwrap().unwrap();
+    let close = CloseIORequest { id: bed.id.clone(), stdin: true, ..Default::default() };
+    task.close_io(within(), &close).await.unwrap();
+    assert_eq!(task.wait(within(), &wait_of(&bed.id)).await.unwrap().exit_status, 42);
+    assert_eq!(out.await.unwrap(), "out\ntyped\n");
+    assert_eq!(err.await.unwrap(), "err\n");
+    let kill = KillRequest { id: bed.id.clone(), signal: 9, ..Default::default() };
+    let late = code(task.kill(within(), &kill).await.unwrap_err());
+    assert_eq!(late, (ttrpc::Code::NOT_FOUND, "sepal: process already finished".into()));
+    assert_eq!(task.delete(within(), &delete_of(&bed.id)).await.unwrap().exit_status, 42);
+    bed.assert_nothing_left(&state);
+    task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+    bed.wait_for_topic("delete").await;
+    assert_eq!(bed.topics(), ["create", "start", "exit", "delete"]);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while state.shim.alive() {
+        assert!(Instant::now() < deadline, "the shim is left");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn execs_have_their_own_life_and_codes() {
+    let bed = Bed::new("exec", &["sleep", "600"]).await;
+    let task = bed.start().await;
+    task.create(within(), &bed.create_request()).await.unwrap();
+    let spec = br#"{"args":["sh","-c","exit 7"],"cwd":"/","user":{"uid":0,"gid":0}}"#.to_vec();
+    let any = Any { type_url: "x".into(), value: spec, ..Default::default() };
+    let exec = ExecProcessRequest {
+        id: bed.id.clone(),
+        exec_id: "e1".into(),
+        spec: Some(any).into(),
+        ..Default::default()
+    };
+    let early = code(task.exec(within(), &exec).await.unwrap_err());
+    assert_eq!(early.0, ttrpc::Code::FAILED_PRECONDITION, "{}", early.1);
+    task.start(within(), &start_of(&bed.id)).await.unwrap();
+    task.exec(within(), &exec).await.unwrap();
+    let double = code(task.exec(within(), &exec).await.unwrap_err());
+    assert_eq!(double.0, ttrpc::Code::ALREADY_EXISTS);
+    let start = StartRequest { exec_id: "e1".into(), ..start_of(&bed.id) };
+    task.start(within(), &start).await.unwrap();
+    let wait = WaitRequest { exec_id: "e1".into(), ..wait_of(&bed.id) };
+    assert_eq!(task.wait(within(), &wait).await.unwrap().exit_status, 7);
+    let delete = DeleteRequest { exec_id: "e1".into(), ..delete_of(&bed.id) };
+    assert_eq!(task.delete(within(), &delete).await.unwrap().exit_status, 7);
+    let gone = code(task.wait(within(), &wait).await.unwrap_err());
+    assert_eq!(gone.0, ttrpc::Code::NOT_FOUND);
+    let running = code(task.delete(within(), &delete_of(&bed.id)).await.unwrap_err());
+    assert_eq!(running.0, ttrpc::Code::FAILED_PRECONDITION);
+    let none = code(task.checkpoint(within(), &CheckpointTaskRequest::new()).await.unwrap_err());
+    assert_eq!(none.0, ttrpc::Code::UNIMPLEMENTED);
+
+    let state = PodState::load(&bed.pod()).unwrap();
+    let kill = KillRequest { id: bed.id.clone(), signal: 15, ..Default::default() };
+    task.kill(within(), &kill).await.unwrap();
+    assert_eq!(task.wait(within(), &wait_of(&bed.id)).await.unwrap().exit_status, 143);
+    task.delete(within(), &delete_of(&bed.id)).await.unwrap();
+    bed.assert_nothing_left(&state);
+    task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+    bed.wait_for_topic("delete").await;
+    let expected = ["create", "start", "exec-added", "exec-started", "exit", "exit", "delete"];
+    assert_eq!(bed.topics(), expected);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn the_death_of_the_vmm_or_the_file_server_is_told_once_and_soon() {
+    for victim in ["vmm", "fs"] {
+        let bed = Bed::new(victim, &["sleep", "600"]).await;
+        let task = bed.start().await;
+        task.create(within(), &bed.create_request()).await.unwrap();
+        task.start(within(), &start_of(&bed.id)).await.unwrap();
+        let state = PodState::load(&bed.pod()).unwrap();
+        let process = if victim == "vmm" { state.vmm } else { state.fs };
+        let pid = nix::unistd::Pid::from_raw(process.unwrap().pid as i32);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        let killed = Instant::now();
+        assert_eq!(task.wait(within(), &wait_of(&bed.id)).await.unwrap().exit_status, 137);
+        assert!(killed.elapsed() < Duration::from_secs(5));
+        task.delete(within(), &delete_of(&bed.id)).await.unwrap();
+        bed.assert_nothing_left(&state);
+        task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+        bed.wait_for_topic("delete").await;
+        assert_eq!(bed.topics(), ["create", "start", "exit", "delete"]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn delete_cleans_up_after_a_killed_shim() {
+    let bed = Bed::new("crash", &["sleep", "600"]).await;
+    let volume = tempfile::tempdir().unwrap();
+    std::fs::write(volume.path().join("precious"), "x").unwrap();
+    let mounts = serde_json::json!([
+        {"destination": "/v", "type": "bind", "source": volume.path(), "options": ["rbind"]}
+    ]);
+    bed.spec(&["sleep", "600"], mounts);
+    let task = bed.start().await;
+    task.create(within(), &bed.create_request()).await.unwrap();
+    task.start(within(), &start_of(&bed.id)).await.unwrap();
+    let state = PodState::load(&bed.pod()).unwrap();
+    let pid = nix::unistd::Pid::from_raw(state.shim.pid as i32);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    for _ in 0..2 {
+        let output = bed.shim("delete");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let answer = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
+        assert_eq!(answer.exit_status, 137);
+        assert!(answer.exited_at.seconds > 0);
+    }
+    bed.assert_nothing_left(&state);
+    assert!(volume.path().join("precious").exists(), "volumes keep their files");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "needs root"]
+async fn what_cannot_start_says_why_and_leaves_nothing() {
+    let missing = serde_json::json!([
+        {"destination": "/v", "type": "bind", "source": "/nonexistent", "options": ["rbind"]}
+    ]);
+    let none = serde_json::json!([]);
+    for (name, config, mounts, text) in [
+        ("refuse", "kernel_args = \"refuse\"", &none, "no such kernel, install one"),
+        ("key", "memroy = 1", &none, "unknown field `memroy`"),
+        ("mount", "", &missing, "mount source /nonexistent for /v does not exist"),
+    ] {
+        let bed = Bed::new(name, &["true"]).await;
+        bed.configure(config);
+        bed.spec(&["true"], mounts.clone());
+        let task = bed.start().await;
+        let (_, message) = code(task.create(within(), &bed.create_request()).await.unwrap_err());
+        assert!(message.contains(text) && !message.contains('\n'), "{message}");
+        assert!(!bed.pod().exists(), "{name}");
+        let connect = ConnectRequest { id: bed.id.clone(), ..Default::default() };
+        let shim = task.connect(within(), &connect).await.unwrap().shim_pid;
+        task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while sepal_protocol::state::ProcessRef::of(shim).is_some() {
+            assert!(Instant::now() < deadline, "the shim is left");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+}
