@@ -1,0 +1,27 @@
+//! The guest agent: PID 1 of a pod's VM, which runs containers on behalf of the shim.
+//!
+//! [`serve`] is the agent as a service; the program around it (main.rs) brings the guest up first.
+//! Everything runs on one thread: the service, the copying of streams, the collecting of children.
+//! What could block is done by short-lived helper processes (launch.rs).
+
+pub mod boot;
+pub mod cgroup;
+pub mod clock;
+pub mod container;
+pub mod error;
+pub mod events;
+pub mod guest;
+pub mod launch;
+pub mod log;
+pub mod network;
+pub mod payload;
+pub mod plan;
+pub mod prepare;
+pub mod process;
+pub mod reaper;
+pub mod service;
+pub mod stdio;
+pub mod stream;
+pub mod sys;
+
+pub use service::{Sockets, serve};
