@@ -137,6 +137,7 @@ impl Cgroup {
             };
             std::fs::create_dir_all(directory).map_err(io("make it"))?;
             inherit_cpuset(directory);
+            enable_controllers(directory);
             for pid in pids {
                 match std::fs::write(directory.join("cgroup.procs"), pid.to_string()) {
                     Ok(()) => {}
@@ -197,6 +198,22 @@ fn remove_directory(directory: &Path) {
         && parent.file_name().is_some_and(|name| name == "sepal")
     {
         let _ = std::fs::remove_dir(parent);
+    }
+}
+
+/// A v2 cgroup has the controllers that its parents hand down. What cannot be had is left out: the
+/// pod is held all the same, only less of it is counted.
+fn enable_controllers(directory: &Path) {
+    let Some(root) = hierarchy_root(directory) else { return };
+    if !root.join("cgroup.controllers").exists() {
+        return;
+    }
+    let parents: Vec<_> =
+        directory.ancestors().skip(1).take_while(|p| p.starts_with(&root)).collect();
+    for parent in parents.into_iter().rev() {
+        for controller in ["cpu", "memory", "pids", "io"] {
+            let _ = std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
+        }
     }
 }
 

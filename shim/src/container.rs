@@ -86,6 +86,8 @@ pub struct Process {
     pub spec: Vec<u8>,
     /// Held while a state changes and its event is published.
     pub order: tokio::sync::Mutex<()>,
+    /// Set before an exec runs: the size of its terminal in rows and columns.
+    pub size: Mutex<Option<(u32, u32)>>,
     phase: watch::Sender<Phase>,
     streams: Mutex<Option<Arc<Streams>>>,
 }
@@ -93,7 +95,9 @@ pub struct Process {
 impl Process {
     /// A process that does not run yet.
     pub fn new(container: &str, exec: &str, wanted: Wanted, spec: Vec<u8>) -> Arc<Self> {
+        let size = Mutex::new(wanted.size);
         Arc::new(Self {
+            size,
             container: container.into(),
             exec: exec.into(),
             wanted,

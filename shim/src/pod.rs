@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use oci_spec::runtime::{Hooks, Spec};
+use oci_spec::runtime::{Hooks, Process, Spec};
 use sepal_protocol::agent::{self as messages, SetUpPodRequest};
 use sepal_protocol::config::Config;
 use sepal_protocol::paths::pod;
@@ -203,9 +203,6 @@ impl Pod {
             record.vcpus = size.cpus.boot;
             record.memory = size.memory;
         });
-        let ready = UnixListener::bind(agent::host_socket(&self.directory, ports::READY))
-            .map_err(Error::io("listen in", &self.directory))?;
-
         let joined = match &wanted_network {
             spec::Network::New => None,
             spec::Network::Join(path) => Some(open_netns(path)?),
@@ -219,11 +216,31 @@ impl Pod {
             record.fs = ProcessRef::of(vm.fs_pid);
         });
         let _ = self.cgroup.set(cgroup.clone());
+        let oom_score = spec.process().as_ref().and_then(Process::oom_score_adj).unwrap_or(0);
+        set_oom_score(&[vm.vmm_pid, vm.fs_pid], oom_score);
         let pids = [std::process::id(), vm.vmm_pid, vm.fs_pid];
         let held = tokio::task::spawn_blocking(move || cgroup.hold(&pids));
+        let agent = self.boot(&vm, &mut spec, &size, &role, joined).await;
+        // In any case before the cgroup might be removed again.
+        held.await.map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
+        Ok(Arc::new(Up { vm, agent: agent? }))
+    }
 
-        let host_hooks = spec::take_host_hooks(&mut spec);
-        let state = self.hook_state(&spec, &self.identity.id, bundle, Some(vm.vmm_pid));
+    /// From the processes to a guest that serves.
+    async fn boot(
+        &self,
+        vm: &Vm,
+        spec: &mut Spec,
+        size: &Size,
+        role: &Role,
+        joined: Option<OwnedFd>,
+    ) -> Result<Agent> {
+        let config = &self.config;
+        let ready = UnixListener::bind(agent::host_socket(&self.directory, ports::READY))
+            .map_err(Error::io("listen in", &self.directory))?;
+        let host_hooks = spec::take_host_hooks(spec);
+        let bundle = &self.identity.bundle;
+        let state = self.hook_state(spec, &self.identity.id, bundle, Some(vm.vmm_pid));
         run_creation_hooks(&host_hooks, &state).await?;
         let netns = match joined {
             Some(fd) => fd,
@@ -234,7 +251,7 @@ impl Pod {
             .map_err(|e| Error::io("set up the network of", &self.directory)(e.into()))??;
         self.timeline.note("network");
 
-        let booted = vm.boot(config, &self.name, &size, nics).await?;
+        let booted = vm.boot(config, &self.name, size, nics).await?;
         self.timeline.note("boot-answered");
         for (stage, us) in booted.stages {
             self.timeline.note_at(&format!("vmm:{stage}"), us);
@@ -247,11 +264,10 @@ impl Pod {
         self.timeline.note("agent-ready");
         self.note_guest(&announced);
         let agent = Agent::connect(&self.directory.join(pod::VSOCK)).await?;
-        let request = set_up_request(&self.identity.id, &spec, &role, network);
+        let request = set_up_request(&self.identity.id, spec, role, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
-        held.await.map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
-        Ok(Arc::new(Up { vm, agent }))
+        Ok(agent)
     }
 
     fn note_guest(&self, announced: &AgentReady) {
@@ -365,6 +381,16 @@ fn open_netns(path: &Path) -> Result<OwnedFd> {
     let file = std::fs::File::open(path)
         .map_err(|source| network::Error::Namespace { path: path.into(), source })?;
     Ok(file.into())
+}
+
+/// The pod's processes are as dear to the host as its container is to the orchestrator, and not as
+/// containerd, whose score they would inherit.
+fn set_oom_score(pids: &[u32], score: i32) {
+    for pid in pids {
+        if let Err(e) = std::fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string()) {
+            tracing::debug!(pid, score, "cannot set the OOM score: {e}");
+        }
+    }
 }
 
 fn host_cpus() -> u8 {

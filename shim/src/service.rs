@@ -11,6 +11,7 @@ use containerd_shim_protos::events::task::{
     TaskPaused, TaskResumed, TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
+use oci_spec::runtime::Hooks;
 use sepal_protocol::agent::{
     self as messages, CreateContainerRequest, ExecProcessRequest, RootFs, SignalProcessRequest,
 };
@@ -56,18 +57,19 @@ impl Pod {
     ///
     /// # Errors
     /// The pod or the container cannot be made. Nothing of it is left then.
-    pub async fn create(self: &Arc<Self>, asked: Creation) -> Result<u32> {
+    pub async fn create(self: &Arc<Self>, mut asked: Creation) -> Result<u32> {
         if lock(&self.containers).contains_key(&asked.id) {
             return Err(Error::ContainerExists { id: asked.id });
         }
         let mut spec = spec::load(&asked.bundle)?;
         let role = Role::of(&spec.annotations().clone().unwrap_or_default());
         let first = asked.id == self.identity.id;
-        let mut host_hooks = spec::take_host_hooks(&mut spec);
+        let host_hooks = spec::take_host_hooks(&mut spec);
         let hook_state = self.hook_state(&spec, &asked.id, &asked.bundle, None);
+        asked.wanted.size = spec::console_size(spec.process().as_ref());
         let plan = Plan::new(spec, &asked.id, &role, &asked.bundle);
         let created = match plan {
-            Ok(plan) => self.try_create(&asked, plan, first, &mut host_hooks, hook_state).await,
+            Ok(plan) => self.try_create(&asked, plan, first, &host_hooks, &hook_state).await,
             Err(e) => Err(e.into()),
         };
         if created.is_err() {
@@ -77,6 +79,7 @@ impl Pod {
                 // There will be no second try with this pod: containerd begins a new one.
                 self.remove().await;
             }
+            run_poststop(&host_hooks, &hook_state).await;
         }
         created
     }
@@ -86,8 +89,8 @@ impl Pod {
         asked: &Creation,
         plan: Plan,
         first: bool,
-        host_hooks: &mut oci_spec::runtime::Hooks,
-        mut hook_state: hooks::State,
+        host_hooks: &Hooks,
+        hook_state: &hooks::State,
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
         let share = self.share.clone();
@@ -99,7 +102,7 @@ impl Pod {
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");
         let up = self.up().await?;
-        hook_state.pid = Some(up.vm.vmm_pid);
+        let hook_state = hooks::State { pid: Some(up.vm.vmm_pid), ..hook_state.clone() };
         if !first {
             // Those of the first container have run before the VM's network was looked at.
             pod::run_creation_hooks(host_hooks, &hook_state).await?;
@@ -282,7 +285,8 @@ impl Pod {
             });
         }
         let namespace = &self.identity.namespace;
-        let (streams, stdio) = Streams::open(&process.wanted, &up.agent, namespace, id).await?;
+        let wanted = Wanted { size: *lock(&process.size), ..process.wanted.clone() };
+        let (streams, stdio) = Streams::open(&wanted, &up.agent, namespace, id).await?;
         let request = ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -414,12 +418,7 @@ impl Pod {
             let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
             self.record(|record| record.containers.retain(|c| c != id));
         }
-        let state =
-            hooks::State { status: "stopped", pid: None, ..container.hook_state.clone() };
-        let hooks = container.hooks.poststop().as_deref().unwrap_or_default();
-        if let Err(e) = hooks::run("poststop", hooks, &state).await {
-            tracing::warn!("{e}");
-        }
+        run_poststop(&container.hooks, &container.hook_state).await;
         lock(&self.containers).remove(id);
         self.events.publish(TaskDelete {
             container_id: id.into(),
@@ -516,7 +515,10 @@ impl Pod {
                 return Err(Error::WrongState { action: "resize", state: "stopped" });
             }
             // Clients set the size as soon as they can; an exec takes it once it runs.
-            Phase::Created if !exec.is_empty() => return Ok(()),
+            Phase::Created if !exec.is_empty() => {
+                *lock(&process.size) = Some((rows, columns));
+                return Ok(());
+            }
             _ => {}
         }
         let up = self.up().await?;
@@ -528,6 +530,14 @@ impl Pod {
             ..Default::default()
         };
         self.call(&up, up.agent.resize_terminal(&request)).await.map(|_| ())
+    }
+}
+
+async fn run_poststop(hooks: &Hooks, state: &hooks::State) {
+    let state = hooks::State { status: "stopped", pid: None, ..state.clone() };
+    let hooks = hooks.poststop().as_deref().unwrap_or_default();
+    if let Err(e) = hooks::run("poststop", hooks, &state).await {
+        tracing::warn!("{e}");
     }
 }
 

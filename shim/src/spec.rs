@@ -7,7 +7,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hooks, LinuxNamespace, LinuxNamespaceType, Mount, RootBuilder, Spec,
+    Hooks, LinuxNamespace, LinuxNamespaceType, Mount, Process, RootBuilder, Spec,
 };
 use sepal_protocol::paths;
 
@@ -192,6 +192,12 @@ fn is_shm(mount: &Mount, role: &Role) -> bool {
     *role != Role::Alone && mount.destination() == Path::new("/dev/shm")
 }
 
+/// The size of a process's terminal in rows and columns, where its spec tells one.
+pub fn console_size(process: Option<&Process>) -> Option<(u32, u32)> {
+    let size = process?.console_size()?;
+    Some((u32::try_from(size.height()).ok()?, u32::try_from(size.width()).ok()?))
+}
+
 /// Size of the /dev/shm that the pod's containers share, in bytes; 0: they share none.
 pub fn shm_size(spec: &Spec, role: &Role) -> u64 {
     let shared = |m: &&Mount| is_bind(m) && is_shm(m, role);
@@ -260,7 +266,7 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
             _ if kind == Network => true,
             Role::Alone => {
                 if let Some(path) = path {
-                    return Err(Error::ForeignNamespace { kind: kind.to_string(), path });
+                    return Err(Error::ForeignNamespace { kind: oci_name(kind), path });
                 }
                 false
             }
@@ -269,10 +275,18 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
             Role::Member { .. } => path.is_some(),
         };
         if is_shared {
-            shared.push(kind.to_string());
+            shared.push(oci_name(kind));
         }
     }
     Ok(shared)
+}
+
+/// As the specification writes it; the type's Display is the kernel's name.
+fn oci_name(kind: LinuxNamespaceType) -> String {
+    match serde_json::to_value(kind) {
+        Ok(serde_json::Value::String(name)) => name,
+        _ => kind.to_string(),
+    }
 }
 
 #[cfg(test)]

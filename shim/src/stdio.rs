@@ -18,6 +18,7 @@ use sepal_protocol::agent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::agent::{self as guest, Agent};
@@ -56,6 +57,8 @@ pub struct Wanted {
     pub stderr: String,
     /// The process has a terminal.
     pub terminal: bool,
+    /// The terminal's size in rows and columns, where it is known before the process is.
+    pub size: Option<(u32, u32)>,
 }
 
 /// Where output goes.
@@ -79,7 +82,14 @@ pub struct Streams {
     stdin: Mutex<Option<JoinHandle<()>>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     logger: Mutex<Option<Logger>>,
-    moved: Arc<AtomicU64>,
+    progress: Arc<Progress>,
+}
+
+/// What the outputs of a process have done together.
+#[derive(Default)]
+struct Progress {
+    moved: AtomicU64,
+    open: watch::Sender<usize>,
 }
 
 impl Streams {
@@ -94,7 +104,9 @@ impl Streams {
         container: &str,
     ) -> Result<(Self, agent::Stdio), Error> {
         let opened = open_host(wanted, namespace, container).await?;
-        let mut request = agent::Stdio { terminal: wanted.terminal, ..Default::default() };
+        let (rows, columns) = wanted.size.unwrap_or_default();
+        let mut request =
+            agent::Stdio { terminal: wanted.terminal, rows, columns, ..Default::default() };
         let streams = Self::default();
         *lock(&streams.logger) = opened.logger;
         if let Some((receiver, keep)) = opened.stdin {
@@ -109,8 +121,7 @@ impl Streams {
             if let Some(sink) = sink {
                 let (stream, its_token) = agent.stdio().await?;
                 *token = its_token;
-                let copy = tokio::spawn(copy_out(stream, sink, streams.moved.clone()));
-                lock(&streams.outputs).push(copy);
+                streams.copy_to(sink, stream);
             }
         }
         Ok((streams, request))
@@ -128,22 +139,26 @@ impl Streams {
             stdin.abort();
         }
         self.close_stdin();
+        let mut open = self.progress.open.subscribe();
         loop {
-            let before = self.moved.load(Ordering::Relaxed);
-            let deadline = tokio::time::Instant::now() + STUCK;
-            loop {
-                if lock(&self.outputs).iter().all(JoinHandle::is_finished) {
-                    return;
-                }
-                if tokio::time::Instant::now() >= deadline {
-                    break;
-                }
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            if self.moved.load(Ordering::Relaxed) == before {
+            let before = self.progress.moved.load(Ordering::Relaxed);
+            let ended = open.wait_for(|open| *open == 0);
+            if tokio::time::timeout(STUCK, ended).await.is_ok()
+                || self.progress.moved.load(Ordering::Relaxed) == before
+            {
                 return;
             }
         }
+    }
+
+    fn copy_to(&self, sink: Sink, stream: UnixStream) {
+        let progress = self.progress.clone();
+        progress.open.send_modify(|open| *open += 1);
+        let copy = tokio::spawn(async move {
+            copy_out(stream, sink, &progress.moved).await;
+            progress.open.send_modify(|open| *open -= 1);
+        });
+        lock(&self.outputs).push(copy);
     }
 
     /// Ends all copying. Call [`Streams::finish`] first.
@@ -236,7 +251,7 @@ async fn copy_in(mut from: pipe::Receiver, mut to: UnixStream) {
     }
 }
 
-async fn copy_out(mut from: UnixStream, mut to: Sink, moved: Arc<AtomicU64>) {
+async fn copy_out(mut from: UnixStream, mut to: Sink, moved: &AtomicU64) {
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = match from.read(&mut buffer).await {
@@ -248,8 +263,8 @@ async fn copy_out(mut from: UnixStream, mut to: Sink, moved: Arc<AtomicU64>) {
             }
         };
         let written = match &mut to {
-            Sink::Pipe(pipe) => write_counted(pipe, &buffer[..length], &moved).await,
-            Sink::File(file) => write_counted(file, &buffer[..length], &moved).await,
+            Sink::Pipe(pipe) => write_counted(pipe, &buffer[..length], moved).await,
+            Sink::File(file) => write_counted(file, &buffer[..length], moved).await,
         };
         if let Err(e) = written {
             tracing::warn!("standard output cannot be written: {e}");

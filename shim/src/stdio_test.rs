@@ -15,7 +15,8 @@ async fn output_survives_a_reader_that_goes_and_another_that_comes() {
     let Some(Sink::Pipe(pipe)) = open_sink(&path).unwrap() else { panic!("not a FIFO") };
     let (mut guest, host) = UnixStream::pair().unwrap();
     let moved = Arc::new(AtomicU64::new(0));
-    let copy = tokio::spawn(copy_out(host, Sink::Pipe(pipe), moved.clone()));
+    let counter = moved.clone();
+    let copy = tokio::spawn(async move { copy_out(host, Sink::Pipe(pipe), &counter).await });
     let read = |length: usize, path: String| {
         tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; length];
@@ -66,11 +67,10 @@ async fn a_full_fifo_without_a_reader_does_not_hold_up_the_exit() {
     let (mut guest, host) = UnixStream::pair().unwrap();
     let streams = Streams::default();
     let sink = open_sink(&path).unwrap().unwrap();
-    let copy = tokio::spawn(copy_out(host, sink, streams.moved.clone()));
-    lock(&streams.outputs).push(copy);
+    streams.copy_to(sink, host);
     let flood = tokio::spawn(async move { guest.write_all(&[0; 1 << 20]).await });
     tokio::time::timeout(Duration::from_secs(5), streams.finish()).await.unwrap();
-    assert!(streams.moved.load(Ordering::Relaxed) >= 4096);
+    assert!(streams.progress.moved.load(Ordering::Relaxed) >= 4096);
     streams.close().await;
     flood.abort();
 }
@@ -85,7 +85,7 @@ async fn files_are_appended_to_and_other_schemes_refused() {
         let sink = open_sink(&uri).unwrap().unwrap();
         guest.write_all(b"line\n").await.unwrap();
         drop(guest);
-        copy_out(host, sink, Arc::default()).await;
+        copy_out(host, sink, &AtomicU64::new(0)).await;
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), "line\nline\n");
     assert!(matches!(open_sink("vsock://3:1"), Err(Error::Scheme { .. })));
@@ -113,7 +113,7 @@ async fn a_log_program_gets_the_output_and_its_names() {
     let (mut guest, host) = UnixStream::pair().unwrap();
     guest.write_all(b"hello\n").await.unwrap();
     drop((guest, opened.stderr));
-    copy_out(host, opened.stdout.unwrap(), Arc::default()).await;
+    copy_out(host, opened.stdout.unwrap(), &AtomicU64::new(0)).await;
     opened.logger.unwrap().end().await;
     assert_eq!(std::fs::read_to_string(log).unwrap(), "ns c1 key\nhello\n");
 }

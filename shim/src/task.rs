@@ -94,6 +94,7 @@ impl TaskService {
                 stdout: request.stdout,
                 stderr: request.stderr,
                 terminal: request.terminal,
+                size: None,
             },
             no_pivot: options.no_pivot_root,
         };
@@ -246,6 +247,7 @@ impl Task for TaskService {
                 stdout: r.stdout,
                 stderr: r.stderr,
                 terminal: r.terminal,
+                size: spec::console_size(serde_json::from_slice(&spec).ok().as_ref()),
             };
             self.pod()?.exec(&r.id, &r.exec_id, wanted, spec)?;
             Ok(Empty::new())

@@ -133,7 +133,14 @@ impl FakeAgent {
 
 async fn run(running: Arc<Running>) -> std::io::Result<u32> {
     use std::os::unix::process::ExitStatusExt;
-    let mut child = Command::new(&running.args[0])
+    let mut command = Command::new(&running.args[0]);
+    // SAFETY: prctl is async-signal-safe. A guest's processes end with their VM, and so do these.
+    unsafe {
+        command.pre_exec(|| {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL).map_err(Into::into)
+        });
+    }
+    let mut child = command
         .args(&running.args[1..])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
