@@ -259,6 +259,23 @@ mod tests {
         assert_eq!(parse("").unwrap(), Config::default());
     }
 
+    /// The commented file that is installed has every key, with its default.
+    #[test]
+    fn the_installed_file_shows_the_defaults() {
+        let file = include_str!("../../deploy/config.toml");
+        let is_key = |line: &&str| line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '));
+        let keys = file.lines().filter_map(|line| line.strip_prefix("# ")).filter(is_key);
+        let (text, shown): (String, Vec<_>) = keys
+            .filter(|line| !line.starts_with("initrd = "))
+            .map(|line| (format!("{line}\n"), line.split(' ').next().unwrap_or_default()))
+            .unzip();
+        assert_eq!(parse(&text).unwrap(), Config::default());
+        let all = serde_json::to_value(Config::default()).unwrap();
+        for key in all.as_object().unwrap().keys().filter(|key| *key != "initrd") {
+            assert!(shown.contains(&key.as_str()), "deploy/config.toml does not show {key}");
+        }
+    }
+
     #[test]
     fn a_value_replaces_its_default_and_no_other() {
         let config = parse("memory = 512\ndebug = true\nlog_level = \"debug\"\n").unwrap();
