@@ -260,6 +260,11 @@ impl<'m> Writer<'m> {
         Self(self.0.take(count))
     }
 
+    /// Passes over the next `count` bytes, or all there are.
+    pub fn skip(&mut self, count: usize) {
+        self.0.consume(count.min(self.0.len));
+    }
+
     /// Puts the pieces of `other` behind the ones here.
     pub fn append(&mut self, other: Self) {
         self.0

@@ -19,12 +19,12 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
+use super::call::call_descriptor;
 use super::device::{ActivateError, Activation, ActiveQueue, DeviceType, Interrupt, VirtioDevice};
 use super::error::DeviceError;
 use super::features;
-use super::sys;
 use super::worker::{Handler, Next, Waits, Worker};
 
 /// Bytes for the tag in the configuration space.
@@ -132,13 +132,9 @@ impl Fs {
         self.back_end.set_mem_table(&regions?)?;
         let mut calls = Vec::new();
         for active in queues {
-            let call = match interrupt.used_fd(active.index) {
-                Some(fd) => sys::eventfd_from(fd),
-                None => EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK),
-            };
-            let call = call.map_err(ActivateError::Worker)?;
+            let (call, ours) = call_descriptor(&**interrupt, active.index)?;
             self.hand_over_queue(memory, active, &call)?;
-            if interrupt.used_fd(active.index).is_none() {
+            if ours {
                 calls.push((active.index, call));
             }
         }

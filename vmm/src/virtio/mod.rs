@@ -8,11 +8,13 @@
 //! sees them) and [`buffer`] (their bytes); no device handles a guest address of a ring itself.
 
 pub mod buffer;
+pub mod call;
 pub mod console;
 pub mod device;
 pub mod error;
 pub mod features;
 pub mod fs;
+pub mod net;
 pub mod pmem;
 pub mod ring;
 pub mod rng;
