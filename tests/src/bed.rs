@@ -226,7 +226,13 @@ impl Bed {
             Kind::Native => {
                 Command::new([tests.join("native/bed"), "leaks".into(), "10".into()]).run()
             }
-            Kind::Node => self.command(["node-leaks", "60"]).run(),
+            Kind::Node => {
+                let mut command = vec![tests.join("node/node"), "leaks".into()];
+                if let Some(name) = std::env::var_os("SEPAL_BED_NAME") {
+                    command.extend(["--name".into(), name.into()]);
+                }
+                Command::new(command).arg("60").patience(Duration::from_secs(120)).run()
+            }
         };
         assert!(outcome.ok(), "left behind:\n{}{}", outcome.out(), outcome.err());
     }

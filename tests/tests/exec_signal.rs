@@ -214,7 +214,7 @@ fn a_paused_counter_stands_still() {
 #[ignore = "needs a bed: tests/run"]
 fn containerd_lists_the_processes() {
     let bed = Bed::get();
-    let container = bed.ctr_start(&[], &bed.busybox(), &["sh", "-c", "sleep 1000 & sleep 1001"]);
+    let container = bed.ctr_start(&[], &bed.busybox(), &["sh", "-c", "sleep 1000 & sleep 1001; exit"]);
     eventually("its processes are told", seconds(20), || {
         let listed = container.task("ps", &[]).success().out();
         // A head line and a line for each process: the shell and two sleeps.
