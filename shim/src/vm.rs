@@ -36,9 +36,13 @@ const VMM_LOG: &str = "vmm.log";
 const FS_LOG: &str = "fs.log";
 /// Longest wait for the VMM to answer, [`Request::Boot`] included.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long after the file server's end the VMM's may be its cause.
+const CAUSE: Duration = Duration::from_millis(300);
 /// How much of a log goes into an error, in lines and in bytes.
 const TAIL_LINES: usize = 4;
-const TAIL_BYTES: u64 = 2048;
+const TAIL_BYTES: u64 = 16 << 10;
+/// How Linux begins the line that names the cause of a panic.
+const PANIC: &str = "Kernel panic - not syncing";
 
 /// Why there is no VM.
 #[derive(Debug, thiserror::Error)]
@@ -294,11 +298,15 @@ async fn supervise(
     directory: PathBuf,
     tell: watch::Sender<Option<Arc<str>>>,
 ) {
-    let (vmm_status, fs_status) = tokio::select! {
+    let (mut vmm_status, fs_status) = tokio::select! {
         biased;
         status = wait(&vmm) => (Some(status), None),
         status = wait(&fs) => (None, Some(status)),
     };
+    if vmm_status.is_none() {
+        // The file server ends when its VMM does, and may be seen first: the VMM's end is the cause.
+        vmm_status = tokio::time::timeout(CAUSE, wait(&vmm)).await.ok();
+    }
     let reason = match (&vmm_status, &fs_status) {
         (Some(status), _) => {
             with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE])
@@ -367,7 +375,8 @@ fn with_tails(mut text: String, directory: &Path, files: &[&str]) -> String {
     text
 }
 
-/// The last lines of a log, printable: a guest writes what it likes to its console.
+/// The last lines of a log that tell something, printable: a guest writes what it likes to its
+/// console. After a panic of the guest's kernel that is the line which names the cause.
 pub fn tail(path: &Path) -> Vec<String> {
     let Ok(mut file) = File::open(path) else { return Vec::new() };
     let length = file.metadata().map(|m| m.len()).unwrap_or(0);
@@ -379,8 +388,12 @@ pub fn tail(path: &Path) -> Vec<String> {
         .lines()
         .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>())
         .map(|line| line.trim().to_string())
-        .filter(|line| !line.is_empty())
+        // The VMM repeats the guest's last words, which are in the console's own log.
+        .filter(|line| !line.is_empty() && !line.starts_with("guest: "))
         .collect();
+    if let Some(panic) = lines.iter().rfind(|line| line.contains(PANIC)) {
+        return vec![panic.clone()];
+    }
     lines[lines.len().saturating_sub(TAIL_LINES)..].to_vec()
 }
 
@@ -396,6 +409,8 @@ mod tests {
         std::fs::write(file.path(), text).unwrap();
         assert_eq!(tail(file.path()), ["old", "one", "[31mtwo", "three"]);
         assert!(tail(Path::new("/nonexistent")).is_empty());
+        std::fs::write(file.path(), format!("a\n[1.0] {PANIC}: no init\nb\nc\nd\ne\n")).unwrap();
+        assert_eq!(tail(file.path()), [format!("[1.0] {PANIC}: no init")]);
     }
 
     #[test]
