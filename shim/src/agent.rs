@@ -12,7 +12,7 @@ use sepal_protocol::agent::{
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::ready::{AgentReady, MAX_LINE};
 use sepal_protocol::{paths, ports};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -69,9 +69,9 @@ pub async fn ready(listener: &UnixListener, limit: Duration) -> Result<AgentRead
         let (stream, _) = listener.accept().await.map_err(failed("no announcement"))?;
         let mut line = Vec::new();
         let most = u64::try_from(MAX_LINE).unwrap_or(u64::MAX);
-        stream
-            .take(most)
-            .read_to_end(&mut line)
+        // Up to the line's end: waiting for the connection's would cost the guest a round trip.
+        tokio::io::BufReader::new(stream.take(most))
+            .read_until(b'\n', &mut line)
             .await
             .map_err(failed("cannot read the announcement"))?;
         serde_json::from_slice(&line).map_err(Error::Announcement)
