@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -109,12 +109,12 @@ impl Bed {
 
     /// A command in the bed.
     pub fn command<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
-        Command::new(self.enter(false)).args(argv)
+        self.enter(false).args(argv)
     }
 
     /// A command in the bed that will be given a terminal.
     pub fn terminal_command<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
-        Command::new(self.enter(true)).args(argv)
+        self.enter(true).args(argv)
     }
 
     /// A line of shell in the bed.
@@ -122,21 +122,21 @@ impl Bed {
         self.command(["sh", "-c", line])
     }
 
-    fn enter(&self, terminal: bool) -> Vec<PathBuf> {
-        let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    /// The bed's own program, which has the same verbs for both kinds.
+    fn control<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
+        let program = match self.kind {
+            Kind::Native => "native/bed",
+            Kind::Node => "node/node",
+        };
+        Command::new([Path::new(env!("CARGO_MANIFEST_DIR")).join(program)]).args(argv)
+    }
+
+    fn enter(&self, terminal: bool) -> Command {
         match self.kind {
-            Kind::Native => vec![tests.join("native/bed"), "exec".into(), "--".into()],
-            Kind::Node => {
-                let mut command = vec![tests.join("node/node"), "exec".into()];
-                if let Some(name) = std::env::var_os("SEPAL_BED_NAME") {
-                    command.extend(["--name".into(), name.into()]);
-                }
-                if terminal {
-                    command.push("-t".into());
-                }
-                command.push("--".into());
-                command
-            }
+            // Here a command has the caller's own terminal.
+            Kind::Native => self.control(["exec", "--"]),
+            Kind::Node if terminal => self.control(["exec", "-t", "--"]),
+            Kind::Node => self.control(["exec", "--"]),
         }
     }
 
@@ -147,29 +147,11 @@ impl Bed {
         imported
             .get_or_insert_default()
             .entry(name.to_owned())
-            .or_insert_with(|| self.import(name))
+            .or_insert_with(|| {
+                // It may have to be built first.
+                self.control(["image", name]).patience(Duration::from_secs(500)).run().success().out()
+            })
             .clone()
-    }
-
-    fn import(&self, name: &str) -> String {
-        let reference = format!("localhost/sepal/{name}:latest");
-        match self.kind {
-            Kind::Native => {
-                let bed = Path::new(env!("CARGO_MANIFEST_DIR")).join("native/bed");
-                Command::new([bed.as_os_str(), "image".as_ref(), name.as_ref()])
-                    .patience(Duration::from_secs(500))
-                    .run()
-                    .success();
-            }
-            Kind::Node => {
-                let line = format!(
-                    "ctr image ls -q | grep -qxF {reference} || \
-                     ctr image import /opt/images/{name}.tar"
-                );
-                self.sh(&line).patience(Duration::from_secs(60)).run().success();
-            }
-        }
-        reference
     }
 
     /// The smallest image: busybox.
@@ -205,13 +187,7 @@ impl Bed {
 
     /// Its containerd: `stop`, `kill`, `start` or `restart`.
     pub fn containerd(&self, verb: &str) -> Outcome {
-        match self.kind {
-            Kind::Native => {
-                let bed = Path::new(env!("CARGO_MANIFEST_DIR")).join("native/bed");
-                Command::new([bed.as_os_str(), "containerd".as_ref(), verb.as_ref()]).run()
-            }
-            Kind::Node => self.command(["node-containerd", verb]).run(),
-        }
+        self.control(["containerd", verb]).run()
     }
 
     /// Asserts that nothing was left behind, given some seconds to go.
@@ -221,19 +197,8 @@ impl Bed {
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         assert!(matches!(self.hold, Hold::Alone(_)), "only Bed::alone can look for leaks");
-        let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let outcome = match self.kind {
-            Kind::Native => {
-                Command::new([tests.join("native/bed"), "leaks".into(), "10".into()]).run()
-            }
-            Kind::Node => {
-                let mut command = vec![tests.join("node/node"), "leaks".into()];
-                if let Some(name) = std::env::var_os("SEPAL_BED_NAME") {
-                    command.extend(["--name".into(), name.into()]);
-                }
-                Command::new(command).arg("60").patience(Duration::from_secs(120)).run()
-            }
-        };
+        let patience = stretched(Duration::from_secs(10)).as_secs().to_string();
+        let outcome = self.control(["leaks", &patience]).patience(Duration::from_secs(60)).run();
         assert!(outcome.ok(), "left behind:\n{}{}", outcome.out(), outcome.err());
     }
 }

@@ -9,7 +9,7 @@
 //! | variable | meaning | default |
 //! |---|---|---|
 //! | `SEPAL_BED` | `native` or `node` | `native` |
-//! | `SEPAL_BED_NAME` | which bed of that kind | `default`, `node` |
+//! | `SEPAL_BED_NAME`, `SEPAL_NODE_NAME` | which bed of that kind | `default`, `node` |
 //! | `SEPAL_TEST_RUNTIME` | containerd's name of the runtime | `io.containerd.sepal.v2` |
 //!
 //! With `SEPAL_TEST_RUNTIME=io.containerd.runc.v2` the same tests run against runc: the control that
