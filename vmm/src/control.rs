@@ -235,11 +235,8 @@ impl Control {
                 self.vm.vcpus.resume();
                 Ok(())
             }
-            Request::AddNet(_) | Request::AddBlk(_) => {
-                fds = Descriptors::new(Vec::new());
-                let _ = &fds;
-                Err(anyhow::anyhow!("hot-plug is not there yet"))
-            }
+            Request::AddNet(spec) => self.vm.add_net(&spec, &mut fds),
+            Request::AddBlk(spec) => self.vm.add_blk(&spec, &mut fds),
             Request::RemoveDevice { id } => {
                 match self.vm.bus.pci.request_eject(&id, &self.vm.bus.platform) {
                     Ok(()) => {
@@ -250,7 +247,7 @@ impl Control {
                     Err(error) => Err(error.into()),
                 }
             }
-            Request::Balloon { .. } => Err(anyhow::anyhow!("no balloon yet")),
+            Request::Balloon { size } => self.vm.set_balloon(size),
             Request::PowerButton => {
                 self.vm.bus.platform.press_power_button();
                 Ok(())
@@ -283,7 +280,7 @@ impl Control {
             running: !self.vm.vcpus.paused(),
             cpus: self.vm.cpus,
             memory: self.vm.memory,
-            balloon: 0,
+            balloon: self.vm.balloon(),
             devices: self.vm.bus.pci.ids(),
             console_tail: console_tail.split_off(first),
         }

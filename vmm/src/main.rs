@@ -12,16 +12,18 @@ mod control;
 mod exit;
 mod jail;
 mod kvm;
+mod launcher;
 mod memory;
 mod pci;
 mod platform;
 mod seccomp;
 mod serial;
+mod sys;
 mod vcpu;
 mod virtio;
 mod vm;
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -82,9 +84,9 @@ fn main() -> ExitCode {
 
 /// Runs the VM that the shim asks for.
 fn by_control_socket(fd: RawFd, mut stages: Stages) -> ExitCause {
-    // SAFETY: the caller of the program has handed this descriptor over, as --control-fd says;
-    // nothing else in this process refers to it.
-    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let Some(socket) = sys::inherited_fd(fd) else {
+        return refuse(None, &anyhow!("--control-fd: descriptor {fd} is not open"));
+    };
     let prepared = Prepared::new();
     stages.reached("kvm");
     let (spec, fds) = match receive::<Request>(&socket) {
@@ -106,23 +108,20 @@ fn by_control_socket(fd: RawFd, mut stages: Stages) -> ExitCause {
 
 /// Runs the VM of a file, for those who develop Sepal.
 fn by_hand(path: &std::path::Path, mut stages: Stages) -> ExitCause {
-    let read = || -> Result<VmSpec> {
+    let read = || -> Result<(VmSpec, Descriptors)> {
+        // First of all: afterwards there are descriptors that nobody has passed to us.
+        let inherited = Descriptors::inherited()?;
         let text = std::fs::read(path)?;
-        Ok(serde_json::from_slice(&text)?)
+        Ok((serde_json::from_slice(&text)?, inherited))
     };
-    let spec = match read().with_context(|| format!("cannot use {}", path.display())) {
-        Ok(spec) => spec,
+    let read = read().with_context(|| format!("cannot use {}", path.display()));
+    let (spec, mut fds) = match read {
+        Ok(read) => read,
         Err(error) => return refuse(None, &error),
     };
     let prepared = Prepared::new();
     stages.reached("kvm");
-    run(
-        prepared,
-        &spec,
-        &mut Descriptors::new(Vec::new()),
-        None,
-        stages,
-    )
+    run(prepared, &spec, &mut fds, None, stages)
 }
 
 fn run(

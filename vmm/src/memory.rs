@@ -243,7 +243,7 @@ fn advise(region: &MmapRegion, advice: i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemory};
+    use vm_memory::{Bytes, GuestMemoryBackend};
 
     fn spec(size: u64) -> MemorySpec {
         MemorySpec {

@@ -34,13 +34,15 @@ pub enum Thread {
     Control,
     /// A vCPU.
     Vcpu,
+    /// The thread that starts and stops devices, and so may do what any of them may.
+    Launcher,
     /// A device's worker.
     Device(DeviceType),
 }
 
 static ACTION: OnceLock<Action> = OnceLock::new();
 
-/// Decides for the whole process. Only the first call counts.
+/// Decides for the whole process; without it there are no filters. Only the first call counts.
 pub fn choose(action: Action) {
     let _ = ACTION.set(action);
 }
@@ -75,39 +77,52 @@ const EVERY: &[i64] = &[
     libc::SYS_tgkill,
 ];
 
-/// What configures and stops devices: their workers' threads, queues and back ends. vCPU threads
-/// do that for boot devices, the control thread for hot-plugged ones.
-const DEVICES: &[i64] = &[
+/// vCPUs: KVM, wiring interrupts and doorbells, and the console's file for the early console.
+const VCPU: &[i64] = &[
     libc::SYS_ioctl,
-    libc::SYS_eventfd2,
-    libc::SYS_epoll_create1,
-    libc::SYS_epoll_ctl,
     libc::SYS_fcntl,
-    libc::SYS_dup,
     libc::SYS_poll,
     libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_ftruncate,
+];
+
+/// The control thread: its clients, the files and sockets of hot-plugged devices.
+const CONTROL: &[i64] = &[
+    libc::SYS_ioctl,
+    libc::SYS_fcntl,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_eventfd2,
+    libc::SYS_sendmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_accept4,
+    libc::SYS_getsockopt,
+    libc::SYS_fstat,
+    libc::SYS_statx,
+    libc::SYS_lseek,
+    // At the end: the sockets that it listened at.
+    libc::SYS_unlink,
+];
+
+/// What starts a worker.
+const LAUNCHER: &[i64] = &[
+    libc::SYS_epoll_create1,
+    libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
     libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_sched_getaffinity,
-    libc::SYS_sendmsg,
-    libc::SYS_recvmsg,
-    libc::SYS_capset,
+    libc::SYS_prlimit64,
     libc::SYS_seccomp,
-    libc::SYS_timerfd_create,
-    libc::SYS_timerfd_settime,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_setsockopt,
 ];
 
-/// The control thread besides.
-const CONTROL: &[i64] = &[
-    libc::SYS_accept4,
-    libc::SYS_getsockopt,
-    libc::SYS_fstat,
-    libc::SYS_lseek,
-    libc::SYS_uname,
-];
-
-/// Workers besides: events, and files and sockets they were given.
+/// Every worker: events, and the descriptors that it was given.
 const WORKER: &[i64] = &[
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
@@ -117,60 +132,72 @@ const WORKER: &[i64] = &[
     libc::SYS_dup,
     libc::SYS_ioctl,
     libc::SYS_poll,
-    libc::SYS_eventfd2,
+    libc::SYS_ppoll,
+    libc::SYS_timerfd_settime,
+];
+
+/// What a device's worker needs besides.
+fn calls_of_device(device: DeviceType) -> &'static [i64] {
+    match device {
+        DeviceType::Console => &[libc::SYS_pwrite64, libc::SYS_pread64, libc::SYS_ftruncate],
+        DeviceType::Block => &[
+            libc::SYS_preadv,
+            libc::SYS_pwritev,
+            libc::SYS_preadv2,
+            libc::SYS_pwritev2,
+            libc::SYS_pread64,
+            libc::SYS_pwrite64,
+            libc::SYS_fsync,
+            libc::SYS_fdatasync,
+            libc::SYS_fallocate,
+            libc::SYS_fstat,
+            libc::SYS_lseek,
+        ],
+        DeviceType::Vsock => &[
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_accept4,
+            libc::SYS_shutdown,
+            libc::SYS_recvfrom,
+            libc::SYS_sendto,
+            libc::SYS_recvmsg,
+            libc::SYS_sendmsg,
+            libc::SYS_getsockopt,
+            libc::SYS_setsockopt,
+        ],
+        DeviceType::Balloon => &[libc::SYS_fallocate],
+        DeviceType::Fs => &[libc::SYS_recvmsg, libc::SYS_sendmsg],
+        DeviceType::Net | DeviceType::Rng | DeviceType::Mem | DeviceType::Pmem => &[],
+    }
+}
+
+/// Every device there is.
+const DEVICES: [DeviceType; 9] = [
+    DeviceType::Net,
+    DeviceType::Block,
+    DeviceType::Console,
+    DeviceType::Rng,
+    DeviceType::Balloon,
+    DeviceType::Vsock,
+    DeviceType::Mem,
+    DeviceType::Fs,
+    DeviceType::Pmem,
 ];
 
 fn calls_of(thread: Thread) -> Vec<i64> {
-    let own: &[&[i64]] = match thread {
-        Thread::Control => &[DEVICES, CONTROL],
-        Thread::Vcpu => &[DEVICES],
-        Thread::Device(DeviceType::Console) => &[
-            WORKER,
-            &[libc::SYS_pwrite64, libc::SYS_pread64, libc::SYS_ftruncate],
-        ],
-        Thread::Device(DeviceType::Block) => &[
-            WORKER,
-            &[
-                libc::SYS_preadv,
-                libc::SYS_pwritev,
-                libc::SYS_preadv2,
-                libc::SYS_pwritev2,
-                libc::SYS_pread64,
-                libc::SYS_pwrite64,
-                libc::SYS_fsync,
-                libc::SYS_fdatasync,
-                libc::SYS_fallocate,
-                libc::SYS_fstat,
-                libc::SYS_lseek,
-            ],
-        ],
-        Thread::Device(DeviceType::Vsock) => &[
-            WORKER,
-            &[
-                libc::SYS_accept4,
-                libc::SYS_connect,
-                libc::SYS_shutdown,
-                libc::SYS_recvfrom,
-                libc::SYS_sendto,
-                libc::SYS_recvmsg,
-                libc::SYS_sendmsg,
-                libc::SYS_getsockopt,
-                libc::SYS_setsockopt,
-            ],
-        ],
-        Thread::Device(DeviceType::Balloon) => &[WORKER, &[libc::SYS_fallocate]],
-        Thread::Device(DeviceType::Fs) => &[
-            WORKER,
-            &[libc::SYS_recvmsg, libc::SYS_sendmsg, libc::SYS_fallocate],
-        ],
-        Thread::Device(_) => &[WORKER],
-    };
-    own.iter()
-        .copied()
-        .flatten()
-        .chain(EVERY)
-        .copied()
-        .collect()
+    let mut calls = EVERY.to_vec();
+    match thread {
+        Thread::Control => calls.extend(CONTROL),
+        Thread::Vcpu => calls.extend(VCPU),
+        Thread::Launcher => {
+            calls.extend(LAUNCHER.iter().chain(WORKER));
+            DEVICES
+                .iter()
+                .for_each(|device| calls.extend(calls_of_device(*device)));
+        }
+        Thread::Device(device) => calls.extend(WORKER.iter().chain(calls_of_device(device))),
+    }
+    calls
 }
 
 /// `value` is the only allowed value of the low 32 bits of argument `index`.
@@ -198,8 +225,8 @@ fn program(thread: Thread, action: Action) -> Result<BpfProgram, seccompiler::Ba
             only(0, libc::PR_SET_VMA as u64)?,
         ],
     );
-    if thread == Thread::Device(DeviceType::Vsock) {
-        rules.insert(libc::SYS_socket, vec![only(0, libc::AF_UNIX as u64)?]);
+    if let Some(socket) = rules.get_mut(&libc::SYS_socket) {
+        socket.push(only(0, libc::AF_UNIX as u64)?);
     }
     let mismatch = match action {
         Action::Log => SeccompAction::Log,
@@ -214,7 +241,7 @@ fn program(thread: Thread, action: Action) -> Result<BpfProgram, seccompiler::Ba
 /// # Errors
 /// The kernel has no seccomp filters.
 pub fn confine(thread: Thread) -> io::Result<()> {
-    let action = ACTION.get().copied().unwrap_or(Action::Kill);
+    let action = ACTION.get().copied().unwrap_or(Action::Off);
     if action == Action::Off {
         return Ok(());
     }
@@ -269,18 +296,8 @@ mod tests {
 
     #[test]
     fn every_kind_of_thread_has_a_filter_that_compiles() {
-        let devices = [
-            DeviceType::Net,
-            DeviceType::Block,
-            DeviceType::Console,
-            DeviceType::Rng,
-            DeviceType::Balloon,
-            DeviceType::Vsock,
-            DeviceType::Fs,
-            DeviceType::Pmem,
-        ];
-        let kinds = [Thread::Control, Thread::Vcpu];
-        for kind in kinds.into_iter().chain(devices.map(Thread::Device)) {
+        let kinds = [Thread::Control, Thread::Vcpu, Thread::Launcher];
+        for kind in kinds.into_iter().chain(DEVICES.map(Thread::Device)) {
             assert!(!program(kind, Action::Kill).unwrap().is_empty());
             assert!(!calls_of(kind).contains(&libc::SYS_execve));
             assert!(!calls_of(kind).contains(&libc::SYS_openat));

@@ -4,7 +4,8 @@
 //! first and looks at the pod's network meanwhile. [`boot`] turns it into a running [`Vm`]: RAM,
 //! then the kernel on one thread and the devices on another, then the vCPUs.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -12,7 +13,8 @@ use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::CpuId;
-use sepal_protocol::vm::{FdIndex, KvmFlavour, VmSpec};
+use sepal_protocol::ports::GUEST_CID;
+use sepal_protocol::vm::{BlkSpec, FdIndex, KvmFlavour, NetSpec, VmSpec};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -21,17 +23,27 @@ use crate::bus::Bus;
 use crate::clock::{self, Stages};
 use crate::exit::Exit;
 use crate::kvm::{self, Backing, Host, Machine, Vcpu};
+use crate::launcher::Launcher;
 use crate::memory::{Layout, MMIO64_SIZE, Ram};
 use crate::pci::virtio::VirtioPci;
 use crate::pci::{PciBus, first_bar};
 use crate::platform::{EVENT_PIN, Platform};
 use crate::serial::Serial;
 use crate::vcpu::{self, Vcpus};
+use crate::virtio::balloon::{self, Balloon};
+use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, Log};
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::fs::Fs;
+use crate::virtio::net::Net;
 use crate::virtio::pmem::{self, Image, Pmem};
 use crate::virtio::rng::Rng;
-use crate::{acpi, cmdline, jail};
+use crate::virtio::vsock::Vsock;
+use crate::virtio::worker;
+use crate::{acpi, cmdline, jail, seccomp, sys};
+
+/// One request queue: the file server has one thread to serve it.
+const FS_REQUEST_QUEUES: u16 = 1;
 
 /// What is ready before the specification comes.
 pub struct Prepared {
@@ -62,13 +74,37 @@ impl Prepared {
     }
 }
 
-/// Descriptors that came with a request. Each can be taken once.
+/// Descriptors that a specification names. Each can be taken once.
 pub struct Descriptors(Vec<Option<OwnedFd>>);
 
 impl Descriptors {
     /// Those received with a message.
     pub fn new(fds: Vec<OwnedFd>) -> Self {
         Self(fds.into_iter().map(Some).collect())
+    }
+
+    /// Those inherited from whoever started the program, by their numbers.
+    ///
+    /// # Errors
+    /// /proc is not there.
+    pub fn inherited() -> io::Result<Self> {
+        let mut fds = Vec::new();
+        for entry in fs::read_dir("/proc/self/fd")? {
+            let name = entry?.file_name();
+            let number = name.to_str().and_then(|name| name.parse::<usize>().ok());
+            // 0 to 2 stay the program's own.
+            let Some(number) = number.filter(|number| *number > 2) else {
+                continue;
+            };
+            fds.resize_with(fds.len().max(number + 1), || None);
+            fds[number] = Some(number as i32);
+        }
+        // The directory's own descriptor was among them and is closed by now.
+        Ok(Self(
+            fds.into_iter()
+                .map(|fd| fd.and_then(sys::inherited_fd))
+                .collect(),
+        ))
     }
 
     /// # Errors
@@ -94,6 +130,7 @@ pub struct Vm {
     pub cpus: u8,
     /// Bytes of RAM.
     pub memory: u64,
+    balloon: Option<Arc<balloon::Control>>,
     builder: Builder,
 }
 
@@ -103,12 +140,72 @@ impl Vm {
         self.vcpus.stop();
         self.bus.pci.stop();
     }
+
+    /// Plugs a network interface into the running guest.
+    ///
+    /// # Errors
+    /// A descriptor that is no tap; no slot is free; the id is taken.
+    pub fn add_net(&mut self, spec: &NetSpec, fds: &mut Descriptors) -> Result<()> {
+        self.plug(&spec.id, || {
+            open_net(spec, fds).map(|net| Box::new(net) as _)
+        })
+    }
+
+    /// Plugs a block device into the running guest.
+    ///
+    /// # Errors
+    /// A file that is not usable; no slot is free; the id is taken.
+    pub fn add_blk(&mut self, spec: &BlkSpec, fds: &mut Descriptors) -> Result<()> {
+        self.plug(&spec.id, || {
+            open_blk(spec, fds).map(|blk| Box::new(blk) as _)
+        })
+    }
+
+    fn plug(
+        &mut self,
+        id: &str,
+        open: impl FnOnce() -> Result<Box<dyn VirtioDevice>>,
+    ) -> Result<()> {
+        let slot = self.bus.pci.free_hot_slot(id)?;
+        let device = open()?;
+        let function = self.builder.function(slot, device)?;
+        self.bus.pci.insert(slot, Some(id.to_owned()), function);
+        self.bus.platform.plugged(1 << slot);
+        Ok(())
+    }
+
+    /// Lets the balloon take `bytes` from the guest.
+    ///
+    /// # Errors
+    /// There is no balloon, or more is asked for than there is.
+    pub fn set_balloon(&self, bytes: u64) -> Result<()> {
+        let balloon = self
+            .balloon
+            .as_ref()
+            .ok_or_else(|| anyhow!("this VM has no balloon"))?;
+        if bytes >= self.memory || !bytes.is_multiple_of(4096) {
+            bail!(
+                "a balloon of {bytes} bytes is not possible in {} bytes of memory",
+                self.memory
+            );
+        }
+        if !balloon.set_target(bytes) {
+            bail!("the guest has no driver for the balloon");
+        }
+        Ok(())
+    }
+
+    /// Bytes that the balloon holds.
+    pub fn balloon(&self) -> u64 {
+        self.balloon.as_ref().map_or(0, |balloon| balloon.held())
+    }
 }
 
 /// What is needed to put a device on the bus, now and when one is hot-plugged.
 struct Builder {
     machine: Arc<Machine>,
     memory: Arc<GuestMemoryMmap>,
+    launcher: Arc<Launcher>,
     window: Window,
 }
 
@@ -137,11 +234,12 @@ impl Window {
 
 impl Builder {
     fn function(&self, slot: u8, device: Box<dyn VirtioDevice>) -> Result<VirtioPci> {
-        let wires = self.machine.clone();
+        let (memory, wires) = (self.memory.clone(), self.machine.clone());
         Ok(VirtioPci::new(
             device,
-            self.memory.clone(),
+            memory,
             wires,
+            self.launcher.clone(),
             first_bar(slot),
         )?)
     }
@@ -180,10 +278,18 @@ pub fn boot(
     }
     stages.reached("memory");
 
+    // Before the first thread starts: all of them inherit what is given up here.
+    jail::confine()?;
+    worker::set_thread_filter(Box::new(|device| {
+        seccomp::confine(seccomp::Thread::Device(device))
+    }));
+    let launcher = Arc::new(Launcher::start().context("cannot start the devices' thread")?);
     let window = Window::above(&ram.layout);
+    let memory = ram.memory.clone();
     let mut builder = Builder {
         machine: machine.clone(),
-        memory: ram.memory.clone(),
+        memory,
+        launcher,
         window,
     };
     let log = open_log(spec.console.as_deref())?;
@@ -199,7 +305,7 @@ pub fn boot(
             .map_err(|_| anyhow!("the kernel's loader panicked"));
         (loaded, devices)
     });
-    let pci = devices?;
+    let (pci, balloon) = devices?;
     stages.reached("devices");
     let (loaded, loaded_at) = loaded?;
     let (kernel, initrd) = loaded?;
@@ -238,8 +344,6 @@ pub fn boot(
         vcpu::configure(cpu, &cpuid, spec.cpus.max, entry)?;
     }
     stages.reached("configured");
-    // Everything is open now; the vCPUs' threads inherit what the process gives up here.
-    jail::confine()?;
     let vcpus = Vcpus::start(cpus, &bus, exit).context("cannot start a vCPU thread")?;
     stages.reached("running");
     Ok(Vm {
@@ -249,6 +353,7 @@ pub fn boot(
         ejected,
         cpus: spec.cpus.boot,
         memory: spec.memory.size,
+        balloon,
         builder,
     })
 }
@@ -321,9 +426,9 @@ fn open_log(path: Option<&Path>) -> Result<Arc<Log>> {
 fn add_devices(
     builder: &mut Builder,
     spec: &VmSpec,
-    _fds: &mut Descriptors,
+    fds: &mut Descriptors,
     log: &Arc<Log>,
-) -> Result<Arc<PciBus>> {
+) -> Result<(Arc<PciBus>, Option<Arc<balloon::Control>>)> {
     let pci = Arc::new(PciBus::default());
     builder.add(&pci, None, Box::new(Console::new(log.clone())))?;
     builder.add(&pci, None, Box::new(Rng::default()))?;
@@ -340,5 +445,42 @@ fn add_devices(
             .add_memory(gpa, Backing::Image(Arc::new(image)))?;
         builder.add(&pci, None, Box::new(Pmem::new(gpa, size)))?;
     }
-    Ok(pci)
+    let vsock = Vsock::new(GUEST_CID, spec.vsock.clone())
+        .with_context(|| format!("cannot listen at {}", spec.vsock.display()))?;
+    builder.add(&pci, None, Box::new(vsock))?;
+    for fs in &spec.fs {
+        let socket = fds.take(fs.socket, "virtio-fs")?.into();
+        let device = Fs::new(&fs.tag, socket, FS_REQUEST_QUEUES)
+            .with_context(|| format!("cannot use the file server of {:?}", fs.tag))?;
+        builder.add(&pci, None, Box::new(device))?;
+    }
+    for net in &spec.net {
+        builder.add(&pci, Some(&net.id), Box::new(open_net(net, fds)?))?;
+    }
+    for blk in &spec.blk {
+        builder.add(&pci, Some(&blk.id), Box::new(open_blk(blk, fds)?))?;
+    }
+    let mut control = None;
+    if spec.balloon {
+        let balloon = Balloon::new()?;
+        control = Some(balloon.control());
+        builder.add(&pci, None, Box::new(balloon))?;
+    }
+    Ok((pci, control))
+}
+
+fn open_net(spec: &NetSpec, fds: &mut Descriptors) -> Result<Net> {
+    let tap = fds.take(spec.tap, "network interface")?.into();
+    let vhost = spec
+        .vhost
+        .map(|index| fds.take(index, "vhost-net"))
+        .transpose()?;
+    Net::new(spec.mac, spec.mtu, tap, vhost.map(File::from))
+        .with_context(|| format!("cannot use the network interface {:?}", spec.id))
+}
+
+fn open_blk(spec: &BlkSpec, fds: &mut Descriptors) -> Result<Blk> {
+    let file = fds.take(spec.file, "block device")?.into();
+    Blk::new(file, &spec.serial, spec.read_only)
+        .with_context(|| format!("cannot use the block device {:?}", spec.id))
 }

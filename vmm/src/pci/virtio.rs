@@ -24,6 +24,7 @@ use super::config::{ConfigSpace, Identity};
 use super::msix::{ENTRY, Msix};
 use super::signals::Signals;
 use super::wires::Wires;
+use crate::launcher::Launcher;
 use crate::virtio::device::{DeviceType, SharedRegion, VirtioDevice};
 
 /// Bytes of the BAR with the registers.
@@ -79,7 +80,9 @@ pub struct VirtioPci {
     wires: Arc<dyn Wires>,
     /// Where the doorbells ring at present.
     doorbells_at: Option<u64>,
-    device: Box<dyn VirtioDevice>,
+    launcher: Arc<Launcher>,
+    /// Away only while it is on the launcher's thread; for good if it panicked there.
+    device: Option<Box<dyn VirtioDevice>>,
 }
 
 impl VirtioPci {
@@ -91,6 +94,7 @@ impl VirtioPci {
         device: Box<dyn VirtioDevice>,
         memory: Arc<GuestMemoryMmap>,
         wires: Arc<dyn Wires>,
+        launcher: Arc<Launcher>,
         bar: u64,
     ) -> Result<Self, Error> {
         let kind = device.device_type();
@@ -164,7 +168,8 @@ impl VirtioPci {
             signals,
             wires,
             doorbells_at: None,
-            device,
+            launcher,
+            device: Some(device),
         };
         // Before the first vCPU runs this is cheap; when the guest enables the BAR where it is,
         // nothing is left to do.
@@ -227,7 +232,11 @@ impl VirtioPci {
                 .iter_mut()
                 .take(1)
                 .for_each(|byte| *byte = self.signals.take_isr()),
-            DEVICE..NOTIFY => self.device.read_config(within, data),
+            DEVICE..NOTIFY => {
+                if let Some(device) = &self.device {
+                    device.read_config(within, data);
+                }
+            }
             TABLE..PENDING => self.msix.read_table((offset - TABLE) as usize, data),
             PENDING..BAR_SIZE => self.msix.read_pending((offset - PENDING) as usize, data),
             _ => {}
@@ -243,7 +252,11 @@ impl VirtioPci {
                 self.common.write(within, data);
                 self.status_changed(before);
             }
-            DEVICE..NOTIFY => self.device.write_config(within, data),
+            DEVICE..NOTIFY => {
+                if let Some(device) = &mut self.device {
+                    device.write_config(within, data);
+                }
+            }
             NOTIFY..TABLE => self.common.kick(within / NOTIFY_STEP),
             TABLE..PENDING => self.msix.write_table((offset - TABLE) as usize, data),
             _ => {}
@@ -256,25 +269,41 @@ impl VirtioPci {
             self.reset();
         } else if now.contains(DeviceStatus::DRIVER_OK) && !before.contains(DeviceStatus::DRIVER_OK)
         {
-            let done = self
-                .common
-                .activation()
-                .map(|activation| self.device.activate(activation));
-            match done {
-                Some(Ok(())) => {}
-                Some(Err(error)) => {
-                    let kind = self.device.device_type();
-                    tracing::error!(device = ?kind, "device does not start: {error}");
-                    self.signals.fail();
-                }
-                None => self.signals.fail(),
+            let started = self.common.activation().is_some_and(|activation| {
+                self.on_launcher(move |device| {
+                    device.activate(activation).inspect_err(|error| {
+                        let kind = device.device_type();
+                        tracing::error!(device = ?kind, "device does not start: {}", chain(error));
+                    })
+                })
+                .is_some_and(|done| done.is_ok())
+            });
+            if !started {
+                self.signals.fail();
             }
         }
     }
 
+    /// Lends the device to the launcher's thread; `None` if it does not come back.
+    fn on_launcher<T: Send + 'static>(
+        &mut self,
+        job: impl FnOnce(&mut dyn VirtioDevice) -> T + Send + 'static,
+    ) -> Option<T> {
+        let mut device = self.device.take()?;
+        let called = self.launcher.call(move || {
+            let result = job(&mut *device);
+            (device, result)
+        });
+        let (device, result) = called
+            .inspect_err(|error| tracing::error!("{error}"))
+            .ok()?;
+        self.device = Some(device);
+        Some(result)
+    }
+
     /// Stops the device and forgets what the driver set up (2.4.1).
     pub fn reset(&mut self) {
-        self.device.reset();
+        self.on_launcher(|device| device.reset());
         self.common.reset();
         self.signals.reset();
     }
@@ -312,8 +341,19 @@ impl VirtioPci {
 impl Drop for VirtioPci {
     fn drop(&mut self) {
         self.take_doorbells();
-        self.device.reset();
+        self.on_launcher(|device| device.reset());
     }
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
 }
 
 fn identity(kind: DeviceType) -> Identity {

@@ -1,0 +1,111 @@
+//! Linux boots, runs on all its CPUs, pauses, and ends in each of its ways.
+
+mod guest;
+
+use std::time::Duration;
+
+use guest::{Vmm, init, initramfs, reboot};
+use sepal_protocol::control::{Request, Response};
+use sepal_protocol::vm::{CpuSpec, ExitCause};
+
+const POWER_OFF: u32 = 0x4321_fedc;
+const RESTART: u32 = 0x0123_4567;
+
+/// Boots Linux with a PID 1 that says "hello" and goes on with `then`; `None` without a kernel.
+fn boot(then: &[u8], change: impl FnOnce(&mut sepal_protocol::vm::VmSpec)) -> Option<Vmm> {
+    let kernel = guest::linux()?;
+    let vmm = Vmm::spawn();
+    let mut spec = vmm.spec(kernel);
+    spec.initrd = Some(vmm.file("initramfs", &initramfs(&init("hello\n", then))));
+    change(&mut spec);
+    vmm.boot(spec);
+    Some(vmm)
+}
+
+#[test]
+fn linux_says_hello_and_powers_off() {
+    let Some(mut vmm) = boot(&reboot(POWER_OFF), |_| {}) else {
+        return;
+    };
+    assert_eq!(vmm.wait(), ExitCause::PowerOff);
+    assert!(vmm.console().contains("hello"), "{}", vmm.console());
+}
+
+#[test]
+fn a_reboot_ends_the_vm() {
+    let Some(mut vmm) = boot(&reboot(RESTART), |_| {}) else {
+        return;
+    };
+    assert_eq!(vmm.wait(), ExitCause::Reboot);
+}
+
+#[test]
+fn a_panic_is_told_with_its_last_words() {
+    let Some(mut vmm) = boot(&guest::exit(), |_| {}) else {
+        return;
+    };
+    assert_eq!(vmm.wait(), ExitCause::GuestPanic);
+    assert!(
+        vmm.console().contains("Attempted to kill init"),
+        "{}",
+        vmm.console()
+    );
+}
+
+#[test]
+fn all_cpus_come_up() {
+    let change = |spec: &mut sepal_protocol::vm::VmSpec| {
+        spec.cpus = CpuSpec { boot: 2, max: 3 };
+        // The kernel tells of its CPUs long before hvc0 is there.
+        spec.early_console = true;
+        spec.cmdline += " loglevel=7";
+    };
+    let Some(mut vmm) = boot(&reboot(POWER_OFF), change) else {
+        return;
+    };
+    assert_eq!(vmm.wait(), ExitCause::PowerOff);
+    assert!(
+        vmm.console().contains("Brought up 1 node, 2 CPUs"),
+        "{}",
+        vmm.console()
+    );
+}
+
+#[test]
+fn a_paused_guest_stands_still() {
+    let Some(mut vmm) = boot(&guest::sleep(), |_| {}) else {
+        return;
+    };
+    vmm.expect("hello\r\nhello");
+    assert_eq!(vmm.ask(&Request::Pause), Response::Ok);
+    // What was on its way to the file when the vCPUs stopped has arrived after this.
+    std::thread::sleep(Duration::from_millis(300));
+    let before = vmm.console().len();
+    std::thread::sleep(Duration::from_millis(700));
+    assert_eq!(vmm.console().len(), before);
+    assert_eq!(vmm.ask(&Request::Resume), Response::Ok);
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while vmm.console().len() < before + 20 {
+        assert!(std::time::Instant::now() < end, "it does not go on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let Response::State(state) = vmm.ask(&Request::State) else {
+        panic!("no state")
+    };
+    assert!(state.console_tail.iter().any(|line| line.contains("hello")));
+    assert_eq!(vmm.ask(&Request::Quit), Response::Ok);
+    assert_eq!(vmm.wait(), ExitCause::PowerOff);
+}
+
+#[test]
+fn the_early_console_speaks_from_the_first_line_on() {
+    let early = |spec: &mut sepal_protocol::vm::VmSpec| {
+        spec.early_console = true;
+        spec.cmdline += " loglevel=7";
+    };
+    let Some(mut vmm) = boot(&reboot(POWER_OFF), early) else {
+        return;
+    };
+    assert_eq!(vmm.wait(), ExitCause::PowerOff);
+    assert!(vmm.console().contains("Linux version"), "{}", vmm.console());
+}
