@@ -203,8 +203,7 @@ impl Cgroup {
             .unwrap_or(0)
     }
 
-    /// Sets limits anew. `resources` must hold the container's device rules as well: libcgroups
-    /// writes them each time.
+    /// Sets limits anew.
     ///
     /// # Errors
     /// With the file that refused its value.

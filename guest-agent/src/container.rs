@@ -16,6 +16,7 @@ use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo, RootFs};
 use sepal_protocol::paths;
 
 use crate::cgroup::{self, Cgroup};
+use crate::devices;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, OomWatch};
 use crate::guest;
@@ -123,6 +124,7 @@ impl Container {
             if !plan.left_out.is_empty() {
                 tracing::info!(container = id, left_out = ?plan.left_out, "not in the guest");
             }
+            devices::restrict(cgroup.path(), &plan.device_rules)?;
             let oom = with.events.watch(&id, &cgroup)?;
             let (launched, join) = launch_init(
                 with,
@@ -375,13 +377,7 @@ impl Container {
         };
         let mut left_out = Vec::new();
         plan::adapt_resources(&mut resources, &[], &mut left_out, &facts);
-        let own = self
-            .plan
-            .spec
-            .linux()
-            .as_ref()
-            .and_then(|linux| linux.resources().as_ref());
-        resources.set_devices(own.and_then(|own| own.devices().clone()));
+        resources.set_devices(None);
         if !left_out.is_empty() {
             tracing::info!(container = self.id, ?left_out, "not in the guest");
         }

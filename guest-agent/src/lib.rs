@@ -8,6 +8,7 @@ pub mod boot;
 pub mod cgroup;
 pub mod clock;
 pub mod container;
+pub mod devices;
 pub mod error;
 pub mod events;
 pub mod guest;

@@ -9,9 +9,9 @@ use std::ffi::CString;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, HooksBuilder, Linux, LinuxCapabilitiesBuilder, LinuxDevice, LinuxDeviceType,
-    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Mount, Process,
-    Spec,
+    Capabilities, HooksBuilder, Linux, LinuxCapabilitiesBuilder, LinuxDevice, LinuxDeviceCgroup,
+    LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
+    Mount, Process, Spec,
 };
 
 use crate::error::{Error, Result};
@@ -39,6 +39,8 @@ pub struct Plan {
     pub owner: u32,
     /// OOM score adjustment; without one in the spec 0, not the agent's own.
     pub oom_score_adj: i32,
+    /// Which devices the container may use.
+    pub device_rules: Vec<LinuxDeviceCgroup>,
     /// Whether the process shall live in the PID namespace that the pod's containers share.
     pub shared_pid_namespace: bool,
     /// What of the spec has no place in the guest.
@@ -97,9 +99,19 @@ pub fn container(mut spec: Spec, shared: &[String], root: &Path, facts: &Facts) 
         spec.set_mounts(Some(mounts));
     }
 
+    // devices.rs does this part.
+    let mut device_rules = Vec::new();
+    if let Some(resources) = linux.resources() {
+        let mut resources = resources.clone();
+        device_rules = resources.devices().clone().unwrap_or_default();
+        resources.set_devices(None);
+        linux.set_resources(Some(resources));
+    }
     let owner = guest_uid(&linux, process.user().uid())?;
     spec.set_linux(Some(linux));
-    finish(spec, process, owner, shared_pid_namespace, left_out)
+    let mut plan = finish(spec, process, owner, shared_pid_namespace, left_out)?;
+    plan.device_rules = device_rules;
+    Ok(plan)
 }
 
 /// Plans a further process in a container that was made by `of`. `join` are the namespaces of that
@@ -179,6 +191,7 @@ fn finish(
         env,
         owner,
         oom_score_adj,
+        device_rules: Vec::new(),
         shared_pid_namespace,
         left_out,
     })
@@ -260,7 +273,7 @@ fn namespaces(linux: &mut Linux, shared: &[String]) -> Result<Vec<LinuxNamespace
     let mut kept = Vec::new();
     for namespace in linux.namespaces().iter().flatten() {
         let kind = namespace.typ();
-        let is_shared = shared.iter().any(|name| name == &kind.to_string());
+        let is_shared = shared.iter().any(|name| name == oci_name(kind));
         match kind {
             Ns::Network => {}
             Ns::Uts | Ns::Ipc | Ns::Pid if is_shared || namespace.path().is_some() => {}
@@ -282,6 +295,20 @@ fn namespaces(linux: &mut Linux, shared: &[String]) -> Result<Vec<LinuxNamespace
         .map_err(|error| invalid(&error.to_string()))?;
     linux.set_namespaces(Some(made));
     Ok(kept)
+}
+
+/// A namespace's type as the OCI spec writes it (config-linux, "Namespaces").
+fn oci_name(kind: LinuxNamespaceType) -> &'static str {
+    match kind {
+        LinuxNamespaceType::Mount => "mount",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "network",
+        LinuxNamespaceType::Time => "time",
+    }
 }
 
 fn adapt_linux(linux: &mut Linux, left_out: &mut Vec<String>, facts: &Facts) {

@@ -13,6 +13,8 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signa
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use crate::devices::Instruction;
+
 /// Runs `child` in a forked process and answers the process's id to the caller.
 ///
 /// The child starts with no blocked signals and with no descriptor but 0, 1, 2 and those of `keep`.
@@ -248,6 +250,81 @@ pub fn receive_fd(socket: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
         }
     }
     Ok(received)
+}
+
+/// Loads a device program and puts it on a cgroup.
+///
+/// # Errors
+/// Those of bpf(2), `EINVAL` or `EACCES` where the verifier refuses the program.
+pub fn attach_device_program(cgroup: &Path, program: &[Instruction]) -> io::Result<()> {
+    // Commands and constants of include/uapi/linux/bpf.h.
+    const PROG_LOAD: i32 = 5;
+    const PROG_ATTACH: i32 = 8;
+    const TYPE_CGROUP_DEVICE: u32 = 15;
+    const CGROUP_DEVICE: u32 = 6;
+    const ALLOW_MULTI: u32 = 2;
+    #[repr(C)]
+    struct Load {
+        prog_type: u32,
+        instructions: u32,
+        program: u64,
+        license: u64,
+        log_level: u32,
+        log_size: u32,
+        log: u64,
+        kernel_version: u32,
+        flags: u32,
+    }
+    #[repr(C)]
+    struct Attach {
+        target: i32,
+        program: i32,
+        kind: u32,
+        flags: u32,
+    }
+
+    let directory = std::fs::File::open(cgroup)?;
+    let license = c"Apache-2.0";
+    let load = Load {
+        prog_type: TYPE_CGROUP_DEVICE,
+        instructions: u32::try_from(program.len()).map_err(|_| Errno::E2BIG)?,
+        program: program.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        log_level: 0,
+        log_size: 0,
+        log: 0,
+        kernel_version: 0,
+        flags: 0,
+    };
+    // SAFETY: the kernel reads `load`, as many instructions as it says, and the NUL-terminated
+    // licence; all of them outlive the call. `Instruction` has the layout of `struct bpf_insn`.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, PROG_LOAD, &raw const load, size_of::<Load>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    let loaded =
+        unsafe { OwnedFd::from_raw_fd(RawFd::try_from(fd).map_err(|_| Errno::EOVERFLOW)?) };
+    let attach = Attach {
+        target: directory.as_raw_fd(),
+        program: loaded.as_raw_fd(),
+        kind: CGROUP_DEVICE,
+        flags: ALLOW_MULTI,
+    };
+    // SAFETY: the kernel reads `attach`, which outlives the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            PROG_ATTACH,
+            &raw const attach,
+            size_of::<Attach>(),
+        )
+    };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// Watches a descriptor of our own by the runtime.
