@@ -61,7 +61,9 @@ impl Bed {
     /// When it is not up: a test that was asked for is never passed over in silence.
     pub fn get() -> Self {
         // A failed test poisons the lock; the next one's bed is none the worse.
-        Self::held(Hold::Shared(USERS.read().unwrap_or_else(|poison| poison.into_inner())))
+        Self::held(Hold::Shared(
+            USERS.read().unwrap_or_else(|poison| poison.into_inner()),
+        ))
     }
 
     /// The bed for this test alone: it looks for leaks, or breaks things.
@@ -69,20 +71,33 @@ impl Bed {
     /// # Panics
     /// As [`Bed::get`].
     pub fn alone() -> Self {
-        Self::held(Hold::Alone(USERS.write().unwrap_or_else(|poison| poison.into_inner())))
+        Self::held(Hold::Alone(
+            USERS.write().unwrap_or_else(|poison| poison.into_inner()),
+        ))
     }
 
     fn held(hold: Hold) -> Self {
         static UP: OnceLock<Result<(), String>> = OnceLock::new();
         let runtime =
             std::env::var("SEPAL_TEST_RUNTIME").unwrap_or_else(|_| "io.containerd.sepal.v2".into());
-        let bed = Self { kind: kind(), runtime, hold };
+        let bed = Self {
+            kind: kind(),
+            runtime,
+            hold,
+        };
         let up = UP.get_or_init(|| {
             let answer = bed.sh("ctr version").run();
-            if answer.ok() { Ok(()) } else { Err(answer.report()) }
+            if answer.ok() {
+                Ok(())
+            } else {
+                Err(answer.report())
+            }
         });
         if let Err(report) = up {
-            panic!("the {:?} bed is not up (tests/run brings one up):\n{report}", bed.kind);
+            panic!(
+                "the {:?} bed is not up (tests/run brings one up):\n{report}",
+                bed.kind
+            );
         }
         bed
     }
@@ -149,7 +164,11 @@ impl Bed {
             .entry(name.to_owned())
             .or_insert_with(|| {
                 // It may have to be built first.
-                self.control(["image", name]).patience(Duration::from_secs(500)).run().success().out()
+                self.control(["image", name])
+                    .patience(Duration::from_secs(500))
+                    .run()
+                    .success()
+                    .out()
             })
             .clone()
     }
@@ -162,7 +181,11 @@ impl Bed {
     /// A name no other test has.
     pub fn unique(&self, prefix: &str) -> String {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        format!("{prefix}-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+        format!(
+            "{prefix}-{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        )
     }
 
     /// An empty directory in the bed, removed with the returned guard.
@@ -196,10 +219,21 @@ impl Bed {
     /// With the list of what is there, unless this test has the bed alone: others' pods are no leaks.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
-        assert!(matches!(self.hold, Hold::Alone(_)), "only Bed::alone can look for leaks");
+        assert!(
+            matches!(self.hold, Hold::Alone(_)),
+            "only Bed::alone can look for leaks"
+        );
         let patience = stretched(Duration::from_secs(10)).as_secs().to_string();
-        let outcome = self.control(["leaks", &patience]).patience(Duration::from_secs(60)).run();
-        assert!(outcome.ok(), "left behind:\n{}{}", outcome.out(), outcome.err());
+        let outcome = self
+            .control(["leaks", &patience])
+            .patience(Duration::from_secs(60))
+            .run();
+        assert!(
+            outcome.ok(),
+            "left behind:\n{}{}",
+            outcome.out(),
+            outcome.err()
+        );
     }
 }
 

@@ -17,19 +17,29 @@ pub struct Command {
     argv: Vec<OsString>,
     stdin: Option<Feeder>,
     patience: Duration,
+    rescue: Option<Box<Command>>,
 }
 
 impl Command {
     /// A program and its first arguments.
     pub fn new<A: AsRef<OsStr>>(argv: impl IntoIterator<Item = A>) -> Self {
-        let argv = argv.into_iter().map(|word| word.as_ref().to_owned()).collect();
-        Self { argv, stdin: None, patience: Duration::from_secs(60) }
+        let argv = argv
+            .into_iter()
+            .map(|word| word.as_ref().to_owned())
+            .collect();
+        Self {
+            argv,
+            stdin: None,
+            patience: Duration::from_secs(120),
+            rescue: None,
+        }
     }
 
     /// More arguments.
     #[must_use]
     pub fn args<A: AsRef<OsStr>>(mut self, more: impl IntoIterator<Item = A>) -> Self {
-        self.argv.extend(more.into_iter().map(|word| word.as_ref().to_owned()));
+        self.argv
+            .extend(more.into_iter().map(|word| word.as_ref().to_owned()));
         self
     }
 
@@ -54,10 +64,17 @@ impl Command {
         self
     }
 
-    /// How long it may take in the native bed (60 seconds unless said otherwise).
+    /// How long it may take in the native bed (120 seconds unless said otherwise).
     #[must_use]
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
+        self
+    }
+
+    /// What clears up behind it when it had to be ended.
+    #[must_use]
+    pub fn rescue(mut self, rescue: Command) -> Self {
+        self.rescue = Some(Box::new(rescue));
         self
     }
 
@@ -67,7 +84,11 @@ impl Command {
     }
 
     fn line(&self) -> String {
-        let words: Vec<_> = self.argv.iter().map(|word| word.to_string_lossy()).collect();
+        let words: Vec<_> = self
+            .argv
+            .iter()
+            .map(|word| word.to_string_lossy())
+            .collect();
         words.join(" ")
     }
 
@@ -75,16 +96,33 @@ impl Command {
     pub fn spawn(self) -> Running {
         let line = self.line();
         let mut command = std::process::Command::new(&self.argv[0]);
-        command.args(&self.argv[1..]).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(&self.argv[1..])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         // A group of its own, to be ended as a whole when time is up.
         command.process_group(0);
-        command.stdin(if self.stdin.is_some() { Stdio::piped() } else { Stdio::null() });
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
+        command.stdin(if self.stdin.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        });
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|error| panic!("{line}: {error}"));
         if let (Some(feeder), Some(stdin)) = (self.stdin, child.stdin.take()) {
             std::thread::spawn(move || feeder(stdin));
         }
         let group = Pid::from_child(&child);
-        Running { line, child, group, begun: Instant::now(), patience: self.patience, over: false }
+        Running {
+            line,
+            child,
+            group,
+            begun: Instant::now(),
+            patience: self.patience,
+            rescue: self.rescue,
+            over: false,
+        }
     }
 
     /// Runs it to its end and keeps all it wrote.
@@ -96,7 +134,13 @@ impl Command {
         let took = running.begun.elapsed();
         let line = running.line.clone();
         let join = |reader: JoinHandle<Vec<u8>>| reader.join().unwrap_or_default();
-        Outcome { line, status, stdout: join(stdout), stderr: join(stderr), took }
+        Outcome {
+            line,
+            status,
+            stdout: join(stdout),
+            stderr: join(stderr),
+            took,
+        }
     }
 }
 
@@ -110,13 +154,13 @@ fn collect(mut stream: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
 }
 
 /// A command that runs. Dropping it ends it.
-#[derive(Debug)]
 pub struct Running {
     line: String,
     child: Child,
     group: Pid,
     begun: Instant,
     patience: Duration,
+    rescue: Option<Box<Command>>,
     over: bool,
 }
 
@@ -146,7 +190,9 @@ impl Running {
                     self.over = true;
                     return Some(status);
                 }
-                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(4)),
+                Ok(None) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(4))
+                }
                 Ok(None) => {
                     self.end();
                     return None;
@@ -168,6 +214,9 @@ impl Running {
             // It may be over already.
             let _ = kill_process_group(self.group, Signal::KILL);
             drop(self.child.wait());
+            if let Some(rescue) = self.rescue.take() {
+                rescue.run();
+            }
         }
     }
 }
@@ -198,7 +247,10 @@ impl Outcome {
         let Some(status) = self.status else {
             panic!("took longer than it may and was ended\n{}", self.report());
         };
-        status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(-1)
+        status
+            .code()
+            .or_else(|| status.signal().map(|signal| 128 + signal))
+            .unwrap_or(-1)
     }
 
     /// Whether it ended by itself with exit status 0.
@@ -232,7 +284,11 @@ impl Outcome {
     /// When it did not.
     #[track_caller]
     pub fn exits(self, code: i32) -> Self {
-        assert!(self.code() == code, "should have exited {code}\n{}", self.report());
+        assert!(
+            self.code() == code,
+            "should have exited {code}\n{}",
+            self.report()
+        );
         self
     }
 

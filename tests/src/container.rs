@@ -34,10 +34,12 @@ impl Bed {
         image: &str,
         argv: impl IntoIterator<Item = A>,
     ) -> Command {
+        let id = self.unique("run");
         self.command(["ctr", "run", "--rm", "--runtime", self.runtime()])
             .args(options)
-            .args([image, &self.unique("run")])
+            .args([image, &id])
             .args(argv)
+            .rescue(self.removal(Client::Ctr, &id))
     }
 
     /// A container by `ctr run --detach`.
@@ -56,11 +58,21 @@ impl Bed {
     /// `nerdctl run --rm OPTIONS IMAGE ARGV` with this runtime, to be run. Without a network
     /// unless the options name one: most tests need none and start the sooner.
     pub fn nerdctl_run(&self, options: &[&str], image: &str, argv: &[&str]) -> Command {
-        self.command(["nerdctl", "run", "--rm", "--runtime", self.runtime()])
-            .args(quiet_network(options))
-            .args(options)
-            .arg(image)
-            .args(argv)
+        let name = self.unique("run");
+        self.command([
+            "nerdctl",
+            "run",
+            "--rm",
+            "--runtime",
+            self.runtime(),
+            "--name",
+            &name,
+        ])
+        .rescue(self.removal(Client::Nerdctl, &name))
+        .args(quiet_network(options))
+        .args(options)
+        .arg(image)
+        .args(argv)
     }
 
     /// A container by `nerdctl run --detach`.
@@ -78,23 +90,50 @@ impl Bed {
         container
     }
 
+    fn removal(&self, client: Client, id: &str) -> Command {
+        let line = match client {
+            Client::Nerdctl => "nerdctl rm -f \"$1\"",
+            Client::Ctr => {
+                "ctr task kill --all -s KILL \"$1\"; \
+                 for n in 1 2 3 4 5 6 7 8 9 10; do \
+                   ctr task rm -f \"$1\" && break; ctr task ls | grep -q \"^$1 \" || break; sleep 0.3; \
+                 done; \
+                 ctr container rm \"$1\""
+            }
+        };
+        self.command(["sh", "-c", line, "remove", id])
+    }
+
     /// A guard over a container that is made otherwise, under the id it is given here.
     pub fn named(&self, client: Client, prefix: &str) -> Container<'_> {
-        Container { bed: self, client, id: self.unique(prefix) }
+        Container {
+            bed: self,
+            client,
+            id: self.unique(prefix),
+        }
     }
 
     /// A guard over a container of this very id.
     pub fn adopt(&self, client: Client, id: &str) -> Container<'_> {
-        Container { bed: self, client, id: id.to_owned() }
+        Container {
+            bed: self,
+            client,
+            id: id.to_owned(),
+        }
     }
 }
 
 fn quiet_network(options: &[&str]) -> &'static [&'static str] {
     let asks = ["--net", "--network", "-p", "--publish"];
-    let networked = options
-        .iter()
-        .any(|option| asks.iter().any(|ask| option.split('=').next() == Some(*ask)));
-    if networked { &[] } else { &["--network", "none"] }
+    let networked = options.iter().any(|option| {
+        asks.iter()
+            .any(|ask| option.split('=').next() == Some(*ask))
+    });
+    if networked {
+        &[]
+    } else {
+        &["--network", "none"]
+    }
 }
 
 impl Container<'_> {
@@ -129,9 +168,12 @@ impl Container<'_> {
                 .args(options)
                 .arg(&self.id)
                 .args(argv),
-            Client::Nerdctl => {
-                self.bed.command(["nerdctl", "exec"]).args(options).arg(&self.id).args(argv)
-            }
+            Client::Nerdctl => self
+                .bed
+                .command(["nerdctl", "exec"])
+                .args(options)
+                .arg(&self.id)
+                .args(argv),
         }
     }
 
@@ -143,13 +185,22 @@ impl Container<'_> {
     /// `ctr task VERB OPTIONS ID`.
     pub fn task(&self, verb: &str, options: &[&str]) -> Outcome {
         let id = self.full_id();
-        self.bed.command(["ctr", "task", verb]).args(options).arg(id).run()
+        self.bed
+            .command(["ctr", "task", verb])
+            .args(options)
+            .arg(id)
+            .run()
     }
 
     /// containerd's word for what its task does (`RUNNING`, `STOPPED`, …); `None` without a task.
     pub fn status(&self) -> Option<String> {
         let id = self.full_id();
-        let list = self.bed.command(["ctr", "task", "list"]).run().success().out();
+        let list = self
+            .bed
+            .command(["ctr", "task", "list"])
+            .run()
+            .success()
+            .out();
         list.lines().find_map(|line| {
             let mut words = line.split_whitespace();
             (words.next() == Some(&id)).then(|| words.last().unwrap_or_default().to_owned())
@@ -179,8 +230,14 @@ impl Container<'_> {
     pub fn wait(&self) -> i32 {
         match self.client {
             Client::Nerdctl => {
-                let said = self.bed.command(["nerdctl", "wait", &self.id]).run().success().out();
-                said.parse().unwrap_or_else(|_| panic!("nerdctl wait said {said:?}"))
+                let said = self
+                    .bed
+                    .command(["nerdctl", "wait", &self.id])
+                    .run()
+                    .success()
+                    .out();
+                said.parse()
+                    .unwrap_or_else(|_| panic!("nerdctl wait said {said:?}"))
             }
             Client::Ctr => {
                 crate::eventually("the task stops", crate::seconds(30), || {
@@ -195,30 +252,27 @@ impl Container<'_> {
 
     /// Removes it by force.
     pub fn remove(&self) {
-        let line = match self.client {
-            Client::Nerdctl => "nerdctl rm -f \"$1\"",
-            Client::Ctr => {
-                "ctr task kill --all -s KILL \"$1\"; \
-                 for n in 1 2 3 4 5 6 7 8 9 10; do \
-                   ctr task rm -f \"$1\" && break; ctr task ls | grep -q \"^$1 \" || break; sleep 0.3; \
-                 done; \
-                 ctr container rm \"$1\""
-            }
-        };
-        self.bed.command(["sh", "-c", line, "remove", &self.id]).run();
+        self.bed.removal(self.client, &self.id).run();
     }
 }
 
 /// The number in `… exit with non-zero exit code 137`.
 fn exit_status_in(text: &str) -> Option<i32> {
     let (_, tail) = text.split_once("exit code ")?;
-    tail.chars().take_while(char::is_ascii_digit).collect::<String>().parse().ok()
+    tail.chars()
+        .take_while(char::is_ascii_digit)
+        .collect::<String>()
+        .parse()
+        .ok()
 }
 
 impl Drop for Container<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let state = self.bed.sh("ctr task ls; ctr container ls; ps -ef | tail -n 40").run();
+            let state = self
+                .bed
+                .sh("ctr task ls; ctr container ls; ps -ef | tail -n 40")
+                .run();
             eprintln!("the bed when the test failed:\n{}", state.out());
         }
         self.remove();

@@ -34,13 +34,20 @@ use std::time::{Duration, Instant};
 /// # Panics
 /// After `patience` (stretched for a slow bed) with `what` was waited for.
 #[track_caller]
-pub fn eventually<T>(what: &str, patience: Duration, mut condition: impl FnMut() -> Option<T>) -> T {
+pub fn eventually<T>(
+    what: &str,
+    patience: Duration,
+    mut condition: impl FnMut() -> Option<T>,
+) -> T {
     let deadline = Instant::now() + bed::stretched(patience);
     loop {
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited {patience:?} in vain: {what}");
+        assert!(
+            Instant::now() < deadline,
+            "waited {patience:?} in vain: {what}"
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
 }

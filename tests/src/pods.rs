@@ -21,13 +21,21 @@ struct Process {
 }
 
 fn processes(bed: &Bed) -> Vec<Process> {
-    let list = bed.command(["ps", "-ww", "-eo", "pid=,ppid=,args="]).run().success().out();
+    let list = bed
+        .command(["ps", "-ww", "-eo", "pid=,ppid=,args="])
+        .run()
+        .success()
+        .out();
     list.lines()
         .filter_map(|line| {
             let mut words = line.split_whitespace();
             let pid = words.next()?.parse().ok()?;
             let parent = words.next()?.parse().ok()?;
-            Some(Process { pid, parent, command: words.collect::<Vec<_>>().join(" ") })
+            Some(Process {
+                pid,
+                parent,
+                command: words.collect::<Vec<_>>().join(" "),
+            })
         })
         .collect()
 }
@@ -65,13 +73,20 @@ impl Container<'_> {
         let of_the_shim = |process: &Process| {
             let mut pid = process.parent;
             while pid > 1 && pid != shim.pid {
-                pid = all.iter().find(|other| other.pid == pid).map_or(0, |other| other.parent);
+                pid = all
+                    .iter()
+                    .find(|other| other.pid == pid)
+                    .map_or(0, |other| other.parent);
             }
             pid == shim.pid
         };
         all.iter()
             .find(|process| {
-                let program = process.command.split_whitespace().next().unwrap_or_default();
+                let program = process
+                    .command
+                    .split_whitespace()
+                    .next()
+                    .unwrap_or_default();
                 program.ends_with(what.program()) && of_the_shim(process)
             })
             .unwrap_or_else(|| panic!("no {} of container {id}", what.program()))

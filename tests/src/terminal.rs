@@ -23,7 +23,12 @@ pub struct Terminal {
 }
 
 fn size(columns: u16, rows: u16) -> Winsize {
-    Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 }
+    Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    }
 }
 
 impl Terminal {
@@ -68,7 +73,12 @@ impl Terminal {
                 }
             }
         });
-        Self { keyboard, screen, seen: String::new(), child }
+        Self {
+            keyboard,
+            screen,
+            seen: String::new(),
+            child,
+        }
     }
 
     /// Types a line.
@@ -84,7 +94,9 @@ impl Terminal {
     /// # Panics
     /// When nobody is there to read them.
     pub fn keys(&mut self, keys: &[u8]) {
-        self.keyboard.write_all(keys).expect("keys reach the terminal");
+        self.keyboard
+            .write_all(keys)
+            .expect("keys reach the terminal");
     }
 
     /// Changes the window's size.
@@ -111,10 +123,16 @@ impl Terminal {
             match self.screen.recv_timeout(left) {
                 Ok(bytes) => self.seen.push_str(&String::from_utf8_lossy(&bytes)),
                 Err(RecvTimeoutError::Timeout) => {
-                    panic!("waited for {text:?} on the terminal; there was {:?}", self.seen)
+                    panic!(
+                        "waited for {text:?} on the terminal; there was {:?}",
+                        self.seen
+                    )
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    panic!("the command ended before {text:?} came; there was {:?}", self.seen)
+                    panic!(
+                        "the command ended before {text:?} came; there was {:?}",
+                        self.seen
+                    )
                 }
             }
         }
@@ -126,10 +144,14 @@ impl Terminal {
     /// When it does not end.
     #[track_caller]
     pub fn wait(&mut self) -> i32 {
-        crate::eventually("the command on the terminal ends", Duration::from_secs(30), || {
-            let status = self.child.try_wait().expect("a child");
-            status.map(|status| status.code().unwrap_or(-1))
-        })
+        crate::eventually(
+            "the command on the terminal ends",
+            Duration::from_secs(30),
+            || {
+                let status = self.child.try_wait().expect("a child");
+                status.map(|status| status.code().unwrap_or(-1))
+            },
+        )
     }
 
     /// Ends the command the hard way, as when its window is torn away.

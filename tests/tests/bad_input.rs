@@ -29,7 +29,10 @@ fn configured<'bed>(bed: &'bed Bed, toml: &str) -> Changed<'bed> {
 /// A file moved out of the way, for a while.
 fn without<'bed>(bed: &'bed Bed, path: &str) -> Changed<'bed> {
     bed.sh(&format!("mv {path} {path}.away")).run().success();
-    Changed { bed, undo: format!("mv {path}.away {path}") }
+    Changed {
+        bed,
+        undo: format!("mv {path}.away {path}"),
+    }
 }
 
 /// It fails in time, with one sentence of a person's length that names what matters.
@@ -41,13 +44,26 @@ fn refused(command: Command, names: &[&str]) -> Outcome {
     assert!(outcome.took() < seconds(45) * 10, "took its time\n{report}");
     assert!(!sentence.is_empty(), "not a word\n{report}");
     for noise in ["panicked", "goroutine", "RUST_BACKTRACE", "stack backtrace"] {
-        assert!(!sentence.contains(noise), "{noise} is for developers\n{report}");
+        assert!(
+            !sentence.contains(noise),
+            "{noise} is for developers\n{report}"
+        );
     }
-    assert!(sentence.lines().count() <= 2, "one sentence, please\n{report}");
-    assert!(sentence.len() < 700, "a sentence of {} bytes\n{report}", sentence.len());
+    assert!(
+        sentence.lines().count() <= 2,
+        "one sentence, please\n{report}"
+    );
+    assert!(
+        sentence.len() < 700,
+        "a sentence of {} bytes\n{report}",
+        sentence.len()
+    );
     let lower = sentence.to_lowercase();
     for name in names {
-        assert!(lower.contains(&name.to_lowercase()), "{name} is not named\n{report}");
+        assert!(
+            lower.contains(&name.to_lowercase()),
+            "{name} is not named\n{report}"
+        );
     }
     outcome
 }
@@ -87,7 +103,10 @@ fn a_kvm_device_that_is_none() {
     {
         let _away = without(&bed, "/dev/kvm");
         bed.sh("cp -a /dev/null /dev/kvm").run().success();
-        let _fake = Changed { bed: &bed, undo: "rm -f /dev/kvm".into() };
+        let _fake = Changed {
+            bed: &bed,
+            undo: "rm -f /dev/kvm".into(),
+        };
         refused(ordinary(&bed), &["kvm"]);
     }
     recovered(&bed);
@@ -130,12 +149,15 @@ fn a_truncated_kernel_or_image() {
     let scratch = bed.scratch();
     let cut = |from: &str, name: &str, bytes: u32| {
         let to = scratch.file(name);
-        bed.sh(&format!("head -c {bytes} {from} >{to}")).run().success();
+        bed.sh(&format!("head -c {bytes} {from} >{to}"))
+            .run()
+            .success();
         to
     };
     let share = "/opt/sepal/share";
-    let present =
-        format!("test -e {share}/vmlinux-deprivileged && echo vmlinux-deprivileged || echo vmlinux");
+    let present = format!(
+        "test -e {share}/vmlinux-deprivileged && echo vmlinux-deprivileged || echo vmlinux"
+    );
     let kernel = format!("{share}/{}", bed.sh(&present).run().success().out());
     for bytes in [0, 40, 5000, 3_000_000] {
         let file = cut(&kernel, "vmlinux.cut", bytes);
@@ -194,9 +216,18 @@ fn a_configuration_that_is_wrong() {
 #[ignore = "needs a bed: tests/run"]
 fn a_missing_program() {
     let bed = Bed::alone();
-    refused(bed.ctr_run(&[], &bed.busybox(), ["/no/such/program"]), &["/no/such/program"]);
-    refused(bed.ctr_run(&[], &bed.busybox(), ["no-such-word"]), &["no-such-word"]);
-    refused(bed.ctr_run(&[], &bed.busybox(), ["/etc/passwd"]), &["/etc/passwd"]);
+    refused(
+        bed.ctr_run(&[], &bed.busybox(), ["/no/such/program"]),
+        &["/no/such/program"],
+    );
+    refused(
+        bed.ctr_run(&[], &bed.busybox(), ["no-such-word"]),
+        &["no-such-word"],
+    );
+    refused(
+        bed.ctr_run(&[], &bed.busybox(), ["/etc/passwd"]),
+        &["/etc/passwd"],
+    );
     recovered(&bed);
 }
 
@@ -204,7 +235,10 @@ fn a_missing_program() {
 #[ignore = "needs a bed: tests/run"]
 fn a_user_that_is_not_there() {
     let bed = Bed::alone();
-    refused(bed.ctr_run(&["--user", "nosuchuser"], &bed.busybox(), ["true"]), &[]);
+    refused(
+        bed.ctr_run(&["--user", "nosuchuser"], &bed.busybox(), ["true"]),
+        &[],
+    );
     recovered(&bed);
 }
 
@@ -236,7 +270,10 @@ fn a_socket_as_a_volume() {
 #[ignore = "needs a bed: tests/run"]
 fn a_directory_to_start_in_that_is_a_file() {
     let bed = Bed::alone();
-    refused(bed.ctr_run(&["--cwd", "/etc/passwd"], &bed.busybox(), ["true"]), &["/etc/passwd"]);
+    refused(
+        bed.ctr_run(&["--cwd", "/etc/passwd"], &bed.busybox(), ["true"]),
+        &["/etc/passwd"],
+    );
     recovered(&bed);
 }
 
@@ -245,19 +282,33 @@ fn a_directory_to_start_in_that_is_a_file() {
 fn an_oci_spec_without_a_process() {
     let bed = Bed::alone();
     let scratch = bed.scratch();
-    bed.command(["mkdir", &scratch.file("rootfs")]).run().success();
+    bed.command(["mkdir", &scratch.file("rootfs")])
+        .run()
+        .success();
     let spec = serde_json::json!({
         "ociVersion": "1.1.0",
         "root": { "path": scratch.file("rootfs") },
         "linux": { "namespaces": [{ "type": "pid" }, { "type": "mount" }] },
     });
     bed.write(&scratch.file("config.json"), spec.to_string());
-    let create = ["ctr", "container", "create", "--runtime", bed.runtime(), "--config"];
+    let create = [
+        "ctr",
+        "container",
+        "create",
+        "--runtime",
+        bed.runtime(),
+        "--config",
+    ];
     let container = bed.named(sepal_tests::Client::Ctr, "nospec");
-    bed.command(create).args([&scratch.file("config.json"), container.id()]).run().success();
+    bed.command(create)
+        .args([&scratch.file("config.json"), container.id()])
+        .run()
+        .success();
     let start = ["ctr", "task", "start", "--null-io", container.id()];
     refused(bed.command(start), &["process"]);
-    bed.command(["ctr", "container", "rm", container.id()]).run().success();
+    bed.command(["ctr", "container", "rm", container.id()])
+        .run()
+        .success();
     recovered(&bed);
 }
 
@@ -281,7 +332,10 @@ fn a_full_disk_under_the_pods_own_files() {
         let fill = "mkdir -p /run/sepal && mount -t tmpfs -o size=4k tmpfs /run/sepal && \
                     head -c 4096 /dev/zero >/run/sepal/filler";
         bed.sh(fill).run().success();
-        let _full = Changed { bed: &bed, undo: "umount /run/sepal".into() };
+        let _full = Changed {
+            bed: &bed,
+            undo: "umount /run/sepal".into(),
+        };
         refused(ordinary(&bed), &["No space left on device"]);
     }
     recovered(&bed);
@@ -292,13 +346,36 @@ fn a_full_disk_under_the_pods_own_files() {
 fn a_full_disk_under_a_volume() {
     let bed = Bed::alone();
     let scratch = bed.scratch();
-    bed.command(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", scratch.path()]).run().success();
-    let full = Changed { bed: &bed, undo: format!("umount {}", scratch.path()) };
-    let mount = format!("type=bind,src={},dst=/data,options=rbind:rw", scratch.path());
+    bed.command([
+        "mount",
+        "-t",
+        "tmpfs",
+        "-o",
+        "size=1m",
+        "tmpfs",
+        scratch.path(),
+    ])
+    .run()
+    .success();
+    let full = Changed {
+        bed: &bed,
+        undo: format!("umount {}", scratch.path()),
+    };
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rw",
+        scratch.path()
+    );
     let line = "head -c 3000000 /dev/zero >/data/file; echo $?; stat -c %s /data/file; rm /data/file; \
                 echo again >/data/file && cat /data/file";
-    let run = bed.ctr_run(&["--mount", &mount], &bed.busybox(), ["sh", "-c", line]).run().success();
-    assert!(run.err().contains("No space left on device"), "{}", run.report());
+    let run = bed
+        .ctr_run(&["--mount", &mount], &bed.busybox(), ["sh", "-c", line])
+        .run()
+        .success();
+    assert!(
+        run.err().contains("No space left on device"),
+        "{}",
+        run.report()
+    );
     assert_eq!(run.out(), "1\n1048576\nagain");
     drop(full);
     recovered(&bed);

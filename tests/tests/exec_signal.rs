@@ -26,8 +26,14 @@ fn exec_sees_the_container_from_inside() {
     let bed = Bed::get();
     let container = idle(&bed);
     container.sh("echo kept >/home/file").success();
-    assert_eq!(container.exec(["cat", "/home/file"]).success().out(), "kept");
-    assert_eq!(container.exec(["cat", "/proc/1/comm"]).success().out(), "sleep");
+    assert_eq!(
+        container.exec(["cat", "/home/file"]).success().out(),
+        "kept"
+    );
+    assert_eq!(
+        container.exec(["cat", "/proc/1/comm"]).success().out(),
+        "sleep"
+    );
     let namespaces = "for n in mnt pid net uts ipc cgroup; do \
                       [ \"$(readlink /proc/1/ns/$n)\" = \"$(readlink /proc/self/ns/$n)\" ] || echo $n; done";
     assert_eq!(container.sh(namespaces).success().out(), "");
@@ -50,13 +56,22 @@ fn exec_on_a_terminal() {
     let bed = Bed::get();
     let container = idle(&bed);
     let command = bed
-        .terminal_command(["ctr", "task", "exec", "--tty", "--exec-id", "term", container.id()])
+        .terminal_command([
+            "ctr",
+            "task",
+            "exec",
+            "--tty",
+            "--exec-id",
+            "term",
+            container.id(),
+        ])
         .arg("sh");
     let mut terminal = Terminal::start(command, 100, 30);
     terminal.line("echo size: $(stty size)");
     terminal.expect("size: 30 100");
     terminal.resize(60, 20);
-    terminal.line("until [ \"$(stty size)\" = '20 60' ]; do sleep 0.1; done; echo now: $(stty size)");
+    terminal
+        .line("until [ \"$(stty size)\" = '20 60' ]; do sleep 0.1; done; echo now: $(stty size)");
     terminal.expect("now: 20 60");
     terminal.line("exit 9");
     assert_eq!(terminal.wait(), 9);
@@ -72,7 +87,10 @@ fn fifty_execs_at_once() {
             .map(|number| {
                 let line = format!("echo {number}; sleep 0.5; exit {}", number % 7);
                 let run = container.exec_command(&[], ["sh".into(), "-c".into(), line]);
-                (number, scope.spawn(move || run.patience(seconds(120)).run()))
+                (
+                    number,
+                    scope.spawn(move || run.patience(seconds(120)).run()),
+                )
             })
             .collect();
         for (number, run) in runs {
@@ -97,11 +115,18 @@ fn each_common_signal_arrives() {
     let container = bed.nerdctl_start(&[], &bed.busybox(), &["sh", "-c", line]);
     let logged = |text: &str| {
         eventually(text, seconds(20), || {
-            container.logs().out().lines().any(|line| line == text).then_some(())
+            container
+                .logs()
+                .out()
+                .lines()
+                .any(|line| line == text)
+                .then_some(())
         });
     };
     logged("ready");
-    for signal in ["HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "CONT", "WINCH"] {
+    for signal in [
+        "HUP", "INT", "QUIT", "USR1", "USR2", "TERM", "CONT", "WINCH",
+    ] {
         container.task("kill", &["-s", signal]).success();
         logged(&format!("got {signal}"));
     }
@@ -115,14 +140,20 @@ fn signals_that_end_a_process() {
     let bed = Bed::get();
     for (signal, code) in [("TERM", 143), ("INT", 130), ("HUP", 129), ("ABRT", 134)] {
         let container = idle(&bed);
-        let mut exec = container.exec_command(&[], ["sh", "-c", "echo up; exec sleep 1000"]).spawn();
+        let mut exec = container
+            .exec_command(&[], ["sh", "-c", "echo up; exec sleep 1000"])
+            .spawn();
         eventually("the process sleeps", seconds(20), || {
             let said = container.sh("pgrep -x sleep | wc -l").success().out();
             (said == "2").then_some(())
         });
         let line = format!("kill -{signal} $(pgrep -x sleep | grep -vx 1)");
         container.sh(&line).success();
-        assert_eq!(exec.wait().and_then(|status| status.code()), Some(code), "SIG{signal}");
+        assert_eq!(
+            exec.wait().and_then(|status| status.code()),
+            Some(code),
+            "SIG{signal}"
+        );
     }
 }
 
@@ -132,10 +163,22 @@ fn a_signal_to_an_exec_spares_the_rest() {
     let bed = Bed::get();
     let container = idle(&bed);
     let mut exec = bed
-        .command(["ctr", "task", "exec", "--exec-id", "victim", container.id(), "sleep", "1000"])
+        .command([
+            "ctr",
+            "task",
+            "exec",
+            "--exec-id",
+            "victim",
+            container.id(),
+            "sleep",
+            "1000",
+        ])
         .spawn();
     eventually("the exec can be killed", seconds(20), || {
-        container.task("kill", &["--exec-id", "victim", "-s", "KILL"]).ok().then_some(())
+        container
+            .task("kill", &["--exec-id", "victim", "-s", "KILL"])
+            .ok()
+            .then_some(())
     });
     assert_eq!(exec.wait().and_then(|status| status.code()), Some(137));
     assert_eq!(container.status().as_deref(), Some("RUNNING"));
@@ -172,8 +215,11 @@ fn when_the_first_process_ends_all_end() {
 #[ignore = "needs a bed: tests/run"]
 fn orphans_are_reaped_by_the_first_process() {
     let bed = Bed::get();
-    let container =
-        bed.ctr_start(&[], &bed.busybox(), &["sh", "-c", "while :; do sleep 0.1; done"]);
+    let container = bed.ctr_start(
+        &[],
+        &bed.busybox(),
+        &["sh", "-c", "while :; do sleep 0.1; done"],
+    );
     container.sh("sh -c 'sleep 0.3 &'").success();
     eventually("no zombie is left", seconds(10), || {
         let said = container.sh("grep -l 'State:.*Z' /proc/[0-9]*/status 2>/dev/null | wc -l");
@@ -187,12 +233,23 @@ fn a_paused_counter_stands_still() {
     let bed = Bed::get();
     let scratch = bed.scratch();
     let mount = format!("type=bind,src={},dst=/out,options=rbind:rw", scratch.path());
-    let line = "n=0; while :; do n=$((n+1)); echo $n >/out/new; mv /out/new /out/n; sleep 0.05; done";
+    let line =
+        "n=0; while :; do n=$((n+1)); echo $n >/out/new; mv /out/new /out/n; sleep 0.05; done";
     let container = bed.ctr_start(&["--mount", &mount], &bed.busybox(), &["sh", "-c", line]);
-    let count = || bed.sh(&format!("cat {}", scratch.file("n"))).run().out().parse::<u64>().ok();
+    let count = || {
+        bed.sh(&format!("cat {}", scratch.file("n")))
+            .run()
+            .out()
+            .parse::<u64>()
+            .ok()
+    };
 
-    let early = eventually("it counts", seconds(20), || count().filter(|count| *count > 3));
-    eventually("it goes on", seconds(20), || count().filter(|count| *count > early));
+    let early = eventually("it counts", seconds(20), || {
+        count().filter(|count| *count > 3)
+    });
+    eventually("it goes on", seconds(20), || {
+        count().filter(|count| *count > early)
+    });
 
     container.task("pause", &[]).success();
     assert_eq!(container.status().as_deref(), Some("PAUSED"));
@@ -202,11 +259,16 @@ fn a_paused_counter_stands_still() {
 
     container.task("resume", &[]).success();
     assert_eq!(container.status().as_deref(), Some("RUNNING"));
-    eventually("it goes on again", seconds(20), || count().filter(|count| Some(*count) > stood));
+    eventually("it goes on again", seconds(20), || {
+        count().filter(|count| Some(*count) > stood)
+    });
     // The guest's clock has caught up with the host's.
     let now = bed.command(["date", "+%s"]).run().success().out();
     let inside = container.exec(["date", "+%s"]).success().out();
-    let (now, inside): (i64, i64) = (now.parse().expect("a time"), inside.parse().expect("a time"));
+    let (now, inside): (i64, i64) = (
+        now.parse().expect("a time"),
+        inside.parse().expect("a time"),
+    );
     assert!((now - inside).abs() <= 2, "{now} outside, {inside} inside");
 }
 
@@ -214,7 +276,11 @@ fn a_paused_counter_stands_still() {
 #[ignore = "needs a bed: tests/run"]
 fn containerd_lists_the_processes() {
     let bed = Bed::get();
-    let container = bed.ctr_start(&[], &bed.busybox(), &["sh", "-c", "sleep 1000 & sleep 1001; exit"]);
+    let container = bed.ctr_start(
+        &[],
+        &bed.busybox(),
+        &["sh", "-c", "sleep 1000 & sleep 1001; exit"],
+    );
     eventually("its processes are told", seconds(20), || {
         let listed = container.task("ps", &[]).success().out();
         // A head line and a line for each process: the shell and two sleeps.
@@ -235,5 +301,7 @@ fn the_pid_containerd_is_told_lives_on_the_host() {
             (words.next() == Some(container.id())).then(|| words.next().unwrap_or_default())
         })
         .expect("it is listed");
-    bed.command(["test", "-e", &format!("/proc/{pid}/ns/net")]).run().success();
+    bed.command(["test", "-e", &format!("/proc/{pid}/ns/net")])
+        .run()
+        .success();
 }

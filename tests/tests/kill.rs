@@ -13,10 +13,17 @@ fn idle(bed: &Bed) -> Container<'_> {
 fn truth_within_five_seconds(bed: &Bed, container: &Container) {
     let begun = Instant::now();
     eventually("containerd tells that it is gone", seconds(15), || {
-        container.status().is_none_or(|status| status != "RUNNING").then_some(())
+        container
+            .status()
+            .is_none_or(|status| status != "RUNNING")
+            .then_some(())
     });
     if bed.kind() == Kind::Native {
-        assert!(begun.elapsed() < seconds(5), "told after {:?}", begun.elapsed());
+        assert!(
+            begun.elapsed() < seconds(5),
+            "told after {:?}",
+            begun.elapsed()
+        );
     }
 }
 
@@ -25,7 +32,9 @@ fn removed_completely(bed: &Bed, container: &Container) {
     if container.status().is_some() {
         container.task("rm", &[]);
     }
-    bed.command(["ctr", "container", "rm", container.id()]).run().success();
+    bed.command(["ctr", "container", "rm", container.id()])
+        .run()
+        .success();
     bed.assert_nothing_left();
 }
 
@@ -75,17 +84,29 @@ fn containerd_is_killed_and_the_container_lives_on() {
     let bed = Bed::alone();
     let scratch = bed.scratch();
     let mount = format!("type=bind,src={},dst=/out,options=rbind:rw", scratch.path());
-    let line = "n=0; while :; do n=$((n+1)); echo $n >/out/new; mv /out/new /out/n; sleep 0.1; done";
+    let line =
+        "n=0; while :; do n=$((n+1)); echo $n >/out/new; mv /out/new /out/n; sleep 0.1; done";
     let container = bed.ctr_start(&["--mount", &mount], &bed.busybox(), &["sh", "-c", line]);
-    let count = || bed.sh(&format!("cat {}", scratch.file("n"))).run().out().parse::<u64>().ok();
+    let count = || {
+        bed.sh(&format!("cat {}", scratch.file("n")))
+            .run()
+            .out()
+            .parse::<u64>()
+            .ok()
+    };
     eventually("it counts", seconds(20), count);
 
     bed.containerd("kill").success();
     let then = count();
-    eventually("it counts without containerd", seconds(20), || count().filter(|now| Some(*now) > then));
+    eventually("it counts without containerd", seconds(20), || {
+        count().filter(|now| Some(*now) > then)
+    });
     bed.containerd("start").success();
     assert_eq!(container.status().as_deref(), Some("RUNNING"));
-    assert_eq!(container.sh("echo still here").success().out(), "still here");
+    assert_eq!(
+        container.sh("echo still here").success().out(),
+        "still here"
+    );
     container.task("kill", &["-s", "KILL"]).success();
     assert_eq!(container.wait(), 137);
     removed_completely(&bed, &container);
@@ -100,7 +121,10 @@ fn an_end_that_containerd_slept_through_is_told_afterwards() {
     std::thread::sleep(seconds(5));
     bed.containerd("start").success();
     eventually("the end is told", seconds(20), || {
-        container.status().is_none_or(|status| status == "STOPPED").then_some(())
+        container
+            .status()
+            .is_none_or(|status| status == "STOPPED")
+            .then_some(())
     });
     assert_eq!(container.wait(), 42);
     removed_completely(&bed, &container);

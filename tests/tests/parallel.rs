@@ -17,14 +17,23 @@ fn twenty_in_parallel_leave_nothing() {
         });
     };
     on_each(&|_, container| {
-        bed.command(["ctr", "run", "--detach", "--cni", "--runtime", bed.runtime()])
-            .args([&busybox, container.id(), "sleep", "1000"])
-            .patience(seconds(180))
-            .run()
-            .success();
+        bed.command([
+            "ctr",
+            "run",
+            "--detach",
+            "--cni",
+            "--runtime",
+            bed.runtime(),
+        ])
+        .args([&busybox, container.id(), "sleep", "1000"])
+        .patience(seconds(180))
+        .run()
+        .success();
     });
     on_each(&|number, container| {
-        let said = container.sh(&format!("echo {number} >/home/me; cat /home/me")).success();
+        let said = container
+            .sh(&format!("echo {number} >/home/me; cat /home/me"))
+            .success();
         assert_eq!(said.out(), number.to_string());
         let address = container.sh("ip -4 -o addr show eth0").success().out();
         assert!(address.contains("inet 10.88."), "{address}");
@@ -32,7 +41,9 @@ fn twenty_in_parallel_leave_nothing() {
     on_each(&|_, container| {
         container.task("kill", &["-s", "KILL"]).success();
         assert_eq!(container.wait(), 137);
-        bed.command(["ctr", "container", "rm", container.id()]).run().success();
+        bed.command(["ctr", "container", "rm", container.id()])
+            .run()
+            .success();
     });
     bed.assert_nothing_left();
 }
@@ -64,10 +75,16 @@ fn nerdctl_with_network_and_volume_leaves_nothing() {
     let bed = Bed::alone();
     let scratch = bed.scratch();
     let volume = format!("{}:/data", scratch.path());
-    let options = ["-p", "18081:80", "-v", &volume, "--tmpfs", "/tmp", "--memory", "100m"];
+    let options = [
+        "-p", "18081:80", "-v", &volume, "--tmpfs", "/tmp", "--memory", "100m",
+    ];
     let container = bed.nerdctl_start(&options, &bed.busybox(), &["sleep", "1000"]);
-    container.sh("echo x >/data/f; echo y >/tmp/f; ip addr show eth0").success();
-    bed.command(["nerdctl", "rm", "-f", container.id()]).run().success();
+    container
+        .sh("echo x >/data/f; echo y >/tmp/f; ip addr show eth0")
+        .success();
+    bed.command(["nerdctl", "rm", "-f", container.id()])
+        .run()
+        .success();
     bed.assert_nothing_left();
 }
 
@@ -84,10 +101,16 @@ fn a_pod_of_three_containers_leaves_nothing() {
         for annotation in annotations {
             command = command.args(["--annotation", annotation]);
         }
-        command.args([&busybox, container.id(), "sleep", "1000"]).run().success();
+        command
+            .args([&busybox, container.id(), "sleep", "1000"])
+            .run()
+            .success();
     };
     start(&sandbox, &[&kind("sandbox")]);
-    let members = [bed.named(Client::Ctr, "member"), bed.named(Client::Ctr, "member")];
+    let members = [
+        bed.named(Client::Ctr, "member"),
+        bed.named(Client::Ctr, "member"),
+    ];
     for member in &members {
         start(member, &[&kind("container"), &of]);
         assert_eq!(member.sh("echo here").success().out(), "here");
@@ -95,14 +118,19 @@ fn a_pod_of_three_containers_leaves_nothing() {
     if bed.has_vm() {
         // One VM for all three: the same kernel since the same moment.
         let boot = "cat /proc/sys/kernel/random/boot_id";
-        let ids: Vec<_> = members.iter().map(|member| member.sh(boot).success().out()).collect();
+        let ids: Vec<_> = members
+            .iter()
+            .map(|member| member.sh(boot).success().out())
+            .collect();
         assert_eq!(ids[0], sandbox.sh(boot).success().out());
         assert_eq!(ids[0], ids[1]);
     }
     for container in members.iter().chain([&sandbox]) {
         container.task("kill", &["-s", "KILL"]).success();
         assert_eq!(container.wait(), 137);
-        bed.command(["ctr", "container", "rm", container.id()]).run().success();
+        bed.command(["ctr", "container", "rm", container.id()])
+            .run()
+            .success();
     }
     bed.assert_nothing_left();
 }

@@ -2,8 +2,6 @@
 
 use sepal_tests::{Bed, Container};
 
-
-
 /// A field of `/proc/self/status`.
 fn status_field<'text>(status: &'text str, field: &str) -> &'text str {
     status
@@ -23,7 +21,8 @@ fn effective_capabilities(container: &Container) -> u64 {
 fn exit_codes_come_through() {
     let bed = Bed::get();
     for code in [0, 1, 42, 255] {
-        bed.busybox_run(["sh", "-c", &format!("exit {code}")]).exits(code);
+        bed.busybox_run(["sh", "-c", &format!("exit {code}")])
+            .exits(code);
     }
 }
 
@@ -46,9 +45,20 @@ fn death_by_a_signal_is_128_and_its_number() {
 #[ignore = "needs a bed: tests/run"]
 fn environment_and_directory() {
     let bed = Bed::get();
-    let options = ["--env", "FRUIT=quince jam", "--env", "EMPTY=", "--cwd", "/usr/bin"];
+    let options = [
+        "--env",
+        "FRUIT=quince jam",
+        "--env",
+        "EMPTY=",
+        "--cwd",
+        "/usr/bin",
+    ];
     let line = "echo \"$FRUIT|$EMPTY|${EMPTY-unset}|$(pwd)\"; env | grep -c ^PATH=";
-    let said = bed.ctr_run(&options, &bed.busybox(), ["sh", "-c", line]).run().success().out();
+    let said = bed
+        .ctr_run(&options, &bed.busybox(), ["sh", "-c", line])
+        .run()
+        .success()
+        .out();
     assert_eq!(said, "quince jam|||/usr/bin\n1");
 }
 
@@ -56,7 +66,17 @@ fn environment_and_directory() {
 #[ignore = "needs a bed: tests/run"]
 fn arguments_arrive_as_they_are() {
     let bed = Bed::get();
-    let odd = ["", " ", "a b", "$HOME", "*", "quote'\"", "tab\there", "grüße", "--flag=x"];
+    let odd = [
+        "",
+        " ",
+        "a b",
+        "$HOME",
+        "*",
+        "quote'\"",
+        "tab\there",
+        "grüße",
+        "--flag=x",
+    ];
     let mut argv = vec!["printf", "<%s>"];
     argv.extend(odd);
     let expected: String = odd.iter().map(|word| format!("<{word}>")).collect();
@@ -69,7 +89,10 @@ fn user_by_number_and_by_name() {
     let bed = Bed::get();
     let who = |user: &str| {
         let argv = ["sh", "-c", "echo $(id -u):$(id -g)"];
-        bed.ctr_run(&["--user", user], &bed.busybox(), argv).run().success().out()
+        bed.ctr_run(&["--user", user], &bed.busybox(), argv)
+            .run()
+            .success()
+            .out()
     };
     assert_eq!(who("0"), "0:0");
     assert_eq!(who("1234:5678"), "1234:5678");
@@ -81,19 +104,33 @@ fn user_by_number_and_by_name() {
 #[ignore = "needs a bed: tests/run"]
 fn additional_groups_and_umask() {
     let bed = Bed::get();
-    let options = ["--user", "1000:1000", "--group-add", "4242", "--group-add", "daemon"];
+    let options = [
+        "--user",
+        "1000:1000",
+        "--group-add",
+        "4242",
+        "--group-add",
+        "daemon",
+    ];
     let line = "id -G | tr ' ' '\\n' | sort -n | paste -sd' '; umask";
     let container = bed.nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line]);
     let said = container.run().success().out();
     let (groups, umask) = said.split_once('\n').expect("two lines");
     for group in ["1", "1000", "4242"] {
-        assert!(groups.split(' ').any(|word| word == group), "{group} is not in {groups}");
+        assert!(
+            groups.split(' ').any(|word| word == group),
+            "{group} is not in {groups}"
+        );
     }
     assert_eq!(umask, "0022");
 
     let options = ["--umask", "0077"];
     let line = "umask; touch /tmp/f; stat -c %a /tmp/f";
-    let said = bed.nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line]).run().success().out();
+    let said = bed
+        .nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line])
+        .run()
+        .success()
+        .out();
     assert_eq!(said, "0077\n600");
 }
 
@@ -102,7 +139,11 @@ fn additional_groups_and_umask() {
 fn hostname() {
     let bed = Bed::get();
     let argv = ["sh", "-c", "hostname; uname -n"];
-    let said = bed.ctr_run(&["--hostname", "orchid"], &bed.busybox(), argv).run().success().out();
+    let said = bed
+        .ctr_run(&["--hostname", "orchid"], &bed.busybox(), argv)
+        .run()
+        .success()
+        .out();
     assert_eq!(said, "orchid\norchid");
 }
 
@@ -129,7 +170,9 @@ fn a_missing_capability_is_missed() {
     let bed = Bed::get();
     let argv = ["sh", "-c", "touch /tmp/f && chown 1000 /tmp/f"];
     bed.ctr_run(&[], &bed.busybox(), argv).run().success();
-    bed.ctr_run(&["--cap-drop", "CAP_CHOWN"], &bed.busybox(), argv).run().failure();
+    bed.ctr_run(&["--cap-drop", "CAP_CHOWN"], &bed.busybox(), argv)
+        .run()
+        .failure();
 }
 
 #[test]
@@ -137,11 +180,19 @@ fn a_missing_capability_is_missed() {
 fn an_ordinary_user_has_no_capability_and_gains_none() {
     let bed = Bed::get();
     let argv = ["cat", "/proc/self/status"];
-    let status = bed.ctr_run(&["--user", "1000"], &bed.busybox(), argv).run().success().out();
+    let status = bed
+        .ctr_run(&["--user", "1000"], &bed.busybox(), argv)
+        .run()
+        .success()
+        .out();
     assert_eq!(status_field(&status, "CapEff"), "0000000000000000");
     assert_eq!(status_field(&status, "NoNewPrivs"), "1");
     let options = ["--user", "1000", "--allow-new-privs"];
-    let status = bed.ctr_run(&options, &bed.busybox(), argv).run().success().out();
+    let status = bed
+        .ctr_run(&options, &bed.busybox(), argv)
+        .run()
+        .success()
+        .out();
     assert_eq!(status_field(&status, "NoNewPrivs"), "0");
 }
 
@@ -151,7 +202,11 @@ fn read_only_root() {
     let bed = Bed::get();
     let line = "touch /home/file 2>&1; echo $?; touch /dev/shm/file && echo shm is writable";
     let argv = ["sh", "-c", line];
-    let said = bed.ctr_run(&["--read-only"], &bed.busybox(), argv).run().success().out();
+    let said = bed
+        .ctr_run(&["--read-only"], &bed.busybox(), argv)
+        .run()
+        .success()
+        .out();
     assert!(said.contains("Read-only file system\n1\n"), "{said}");
     assert!(said.ends_with("shm is writable"), "{said}");
 }
@@ -160,9 +215,20 @@ fn read_only_root() {
 #[ignore = "needs a bed: tests/run"]
 fn resource_limits() {
     let bed = Bed::get();
-    let options = ["--ulimit", "nofile=1234:2345", "--ulimit", "core=0:0", "--ulimit", "stack=4194304"];
+    let options = [
+        "--ulimit",
+        "nofile=1234:2345",
+        "--ulimit",
+        "core=0:0",
+        "--ulimit",
+        "stack=4194304",
+    ];
     let line = "ulimit -Sn; ulimit -Hn; ulimit -c; ulimit -s";
-    let said = bed.nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line]).run().success().out();
+    let said = bed
+        .nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line])
+        .run()
+        .success()
+        .out();
     assert_eq!(said, "1234\n2345\n0\n4096");
 }
 
@@ -171,10 +237,17 @@ fn resource_limits() {
 fn sysctls() {
     let bed = Bed::get();
     let options = [
-        "--sysctl", "kernel.msgmax=4711", "--sysctl", "net.ipv4.ip_unprivileged_port_start=81",
+        "--sysctl",
+        "kernel.msgmax=4711",
+        "--sysctl",
+        "net.ipv4.ip_unprivileged_port_start=81",
     ];
     let line = "cat /proc/sys/kernel/msgmax /proc/sys/net/ipv4/ip_unprivileged_port_start";
-    let said = bed.nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line]).run().success().out();
+    let said = bed
+        .nerdctl_run(&options, &bed.busybox(), &["sh", "-c", line])
+        .run()
+        .success()
+        .out();
     assert_eq!(said, "4711\n81");
 }
 
@@ -195,11 +268,17 @@ fn the_kernel_is_the_guests() {
 #[ignore = "needs a bed: tests/run"]
 fn it_is_alone_in_its_namespaces() {
     let bed = Bed::get();
-    let said = bed.busybox_run(["sh", "-c", "echo $$; ps -o pid= | wc -l"]).success().out();
+    let said = bed
+        .busybox_run(["sh", "-c", "echo $$; ps -o pid= | wc -l"])
+        .success()
+        .out();
     let (pid, count) = said.split_once('\n').expect("two lines");
     assert_eq!(pid, "1");
     // The shell, ps and wc, and the subshell of the pipe where the shell makes one.
-    assert!(count.trim().parse::<u32>().expect("a number") <= 4, "{count} processes");
+    assert!(
+        count.trim().parse::<u32>().expect("a number") <= 4,
+        "{count} processes"
+    );
 }
 
 #[test]
@@ -216,7 +295,16 @@ fn devices_and_kernel_files() {
     let lines: Vec<_> = said.lines().map(str::trim).collect();
     assert_eq!(
         lines,
-        ["00 00 00 00", "8", "full", "tty", "/proc/self/fd", "tmpfs", "0", "sysrq refused"]
+        [
+            "00 00 00 00",
+            "8",
+            "full",
+            "tty",
+            "/proc/self/fd",
+            "tmpfs",
+            "0",
+            "sysrq refused"
+        ]
     );
 }
 
@@ -224,9 +312,17 @@ fn devices_and_kernel_files() {
 #[ignore = "needs a bed: tests/run"]
 fn shared_memory_has_the_size_asked_for() {
     let bed = Bed::get();
-    let argv = ["sh", "-c", "df -m /dev/shm | tail -n 1 | tr -s ' ' | cut -d' ' -f2"];
+    let argv = [
+        "sh",
+        "-c",
+        "df -m /dev/shm | tail -n 1 | tr -s ' ' | cut -d' ' -f2",
+    ];
     assert_eq!(bed.busybox_run(argv).success().out(), "64");
-    let said = bed.nerdctl_run(&["--shm-size", "17m"], &bed.busybox(), &argv).run().success().out();
+    let said = bed
+        .nerdctl_run(&["--shm-size", "17m"], &bed.busybox(), &argv)
+        .run()
+        .success()
+        .out();
     assert_eq!(said, "17");
 }
 
@@ -235,7 +331,11 @@ fn shared_memory_has_the_size_asked_for() {
 fn seccomp_filters_where_asked() {
     let bed = Bed::get();
     let argv = ["cat", "/proc/self/status"];
-    let status = bed.ctr_run(&["--seccomp"], &bed.busybox(), argv).run().success().out();
+    let status = bed
+        .ctr_run(&["--seccomp"], &bed.busybox(), argv)
+        .run()
+        .success()
+        .out();
     assert_eq!(status_field(&status, "Seccomp"), "2");
     let status = bed.busybox_run(argv).success().out();
     assert_eq!(status_field(&status, "Seccomp"), "0");
@@ -260,9 +360,24 @@ fn a_privileged_container_has_every_capability() {
 #[ignore = "needs a bed: tests/run"]
 fn the_clock_is_the_hosts() {
     let bed = Bed::get();
-    let now = || -> i64 { bed.command(["date", "+%s"]).run().success().out().parse().expect("a time") };
+    let now = || -> i64 {
+        bed.command(["date", "+%s"])
+            .run()
+            .success()
+            .out()
+            .parse()
+            .expect("a time")
+    };
     let before = now();
-    let inside: i64 = bed.busybox_run(["date", "+%s"]).success().out().parse().expect("a time");
+    let inside: i64 = bed
+        .busybox_run(["date", "+%s"])
+        .success()
+        .out()
+        .parse()
+        .expect("a time");
     let after = now();
-    assert!(before - 1 <= inside && inside <= after + 1, "{before} <= {inside} <= {after}");
+    assert!(
+        before - 1 <= inside && inside <= after + 1,
+        "{before} <= {inside} <= {after}"
+    );
 }

@@ -9,7 +9,10 @@ struct Metrics(Value);
 impl Metrics {
     fn of(bed: &Bed, container: &Container) -> Self {
         let id = container.full_id();
-        let said = bed.command(["ctr", "task", "metrics", "--format", "json", &id]).run().success();
+        let said = bed
+            .command(["ctr", "task", "metrics", "--format", "json", &id])
+            .run()
+            .success();
         Self(serde_json::from_str(&said.out()).expect("JSON"))
     }
 
@@ -52,8 +55,13 @@ fn busy_loop(container: &Container, wall: u32) -> (f64, f64) {
         "time -f '%U %S %e' timeout -s KILL {wall} sh -c 'while :; do :; done' 2>&1 | tail -n 1"
     );
     let said = container.sh(&line).success().out();
-    let figures: Vec<f64> = said.split(' ').filter_map(|word| word.parse().ok()).collect();
-    let [user, system, wall] = figures[..] else { panic!("time said {said:?}") };
+    let figures: Vec<f64> = said
+        .split(' ')
+        .filter_map(|word| word.parse().ok())
+        .collect();
+    let [user, system, wall] = figures[..] else {
+        panic!("time said {said:?}")
+    };
     (user + system, wall)
 }
 
@@ -67,7 +75,10 @@ fn cpu_figures_match_what_was_used() {
     let told = Metrics::of(&bed, &container).cpu_seconds() - before;
     assert!(used > 0.5, "the loop got {used} s of CPU only");
     // What starts and ends the loop costs a little as well.
-    assert!(within(10.0, told, used + 0.05), "used {used} s, told {told} s");
+    assert!(
+        within(10.0, told, used + 0.05),
+        "used {used} s, told {told} s"
+    );
 }
 
 #[test]
@@ -77,8 +88,12 @@ fn memory_and_pids_figures_match_what_is_used() {
     let container = bed.ctr_start(&[], &bed.busybox(), &["sleep", "1000"]);
     let before = Metrics::of(&bed, &container);
     // Shared memory counts as the cgroup's, page for page.
-    container.sh("head -c 50331648 /dev/zero >/dev/shm/blob").success();
-    let mut sleepers = container.exec_command(&[], ["sh", "-c", "sleep 900 & sleep 900 & wait"]).spawn();
+    container
+        .sh("head -c 50331648 /dev/zero >/dev/shm/blob")
+        .success();
+    let mut sleepers = container
+        .exec_command(&[], ["sh", "-c", "sleep 900 & sleep 900 & wait"])
+        .spawn();
     eventually("the sleepers are there", seconds(20), || {
         (container.sh("pgrep -x sleep | wc -l").success().out() == "3").then_some(())
     });
@@ -93,27 +108,48 @@ fn memory_and_pids_figures_match_what_is_used() {
 #[ignore = "needs a bed: tests/run"]
 fn more_memory_than_allowed_is_an_oom_kill() {
     let bed = Bed::get();
-    let mut events = bed.command(["ctr", "events"]).patience(seconds(120)).spawn();
+    let mut events = bed
+        .command(["ctr", "events"])
+        .patience(seconds(120))
+        .spawn();
     let stream = events.stdout();
     let lines = std::thread::spawn(move || std::io::read_to_string(stream));
 
     let options = ["--memory-limit", "67108864"];
     let container = bed.ctr_start(&options, &bed.busybox(), &["sleep", "1000"]);
     // tail keeps what it reads until a line ends, which here never happens.
-    let greedy = container.exec(["sh", "-c", "tail /dev/zero; echo ended with $?"]).success();
+    let greedy = container
+        .exec(["sh", "-c", "tail /dev/zero; echo ended with $?"])
+        .success();
     assert_eq!(greedy.out().lines().last(), Some("ended with 137"));
-    assert_eq!(container.status().as_deref(), Some("RUNNING"), "only the greedy one is killed");
+    assert_eq!(
+        container.status().as_deref(),
+        Some("RUNNING"),
+        "only the greedy one is killed"
+    );
 
     let alone = bed.named(Client::Ctr, "greedy");
-    let command = ["ctr", "run", "--runtime", bed.runtime(), "--memory-limit", "67108864"];
-    let run = bed.command(command).args([&bed.busybox(), alone.id()]).args(["tail", "/dev/zero"]);
+    let command = [
+        "ctr",
+        "run",
+        "--runtime",
+        bed.runtime(),
+        "--memory-limit",
+        "67108864",
+    ];
+    let run = bed
+        .command(command)
+        .args([&bed.busybox(), alone.id()])
+        .args(["tail", "/dev/zero"]);
     run.run().exits(137);
 
     std::thread::sleep(seconds(1));
     events.end();
     let lines = lines.join().expect("a reader").expect("text");
     for id in [container.id(), alone.id()] {
-        let told = lines.lines().any(|line| line.contains("/tasks/oom") && line.contains(id));
+        let told = lines
+            .lines()
+            .any(|line| line.contains("/tasks/oom") && line.contains(id));
         assert!(told, "no OOM event of {id} in\n{lines}");
     }
 }
@@ -122,7 +158,10 @@ fn more_memory_than_allowed_is_an_oom_kill() {
 #[ignore = "needs a bed: tests/run"]
 fn the_pod_outlives_a_container_killed_for_its_memory() {
     let bed = Bed::get();
-    let (sandbox, member) = (bed.named(Client::Ctr, "pod"), bed.named(Client::Ctr, "member"));
+    let (sandbox, member) = (
+        bed.named(Client::Ctr, "pod"),
+        bed.named(Client::Ctr, "member"),
+    );
     let run = |container: &Container, options: &[&str], argv: &[&str]| {
         bed.command(["ctr", "run", "--runtime", bed.runtime(), "--detach"])
             .args(options)
@@ -132,10 +171,20 @@ fn the_pod_outlives_a_container_killed_for_its_memory() {
             .success();
     };
     let kind = |kind: &str| format!("io.kubernetes.cri.container-type={kind}");
-    run(&sandbox, &["--annotation", &kind("sandbox")], &["sleep", "1000"]);
+    run(
+        &sandbox,
+        &["--annotation", &kind("sandbox")],
+        &["sleep", "1000"],
+    );
     let of = format!("io.kubernetes.cri.sandbox-id={}", sandbox.id());
-    let options =
-        ["--annotation", &kind("container"), "--annotation", &of, "--memory-limit", "67108864"];
+    let options = [
+        "--annotation",
+        &kind("container"),
+        "--annotation",
+        &of,
+        "--memory-limit",
+        "67108864",
+    ];
     run(&member, &options, &["tail", "/dev/zero"]);
     assert_eq!(member.wait(), 137);
     assert_eq!(sandbox.status().as_deref(), Some("RUNNING"));
@@ -146,14 +195,28 @@ fn the_pod_outlives_a_container_killed_for_its_memory() {
 #[ignore = "needs a bed: tests/run"]
 fn the_number_of_processes_is_limited() {
     let bed = Bed::get();
-    let container =
-        bed.nerdctl_start(&["--pids-limit", "20"], &bed.busybox(), &["sleep", "100000"]);
-    let said = container.sh("for n in $(seq 40); do sleep 1000 & done; wait").failure();
-    assert!(format!("{}{}", said.out(), said.err()).contains("fork"), "{}", said.report());
+    let container = bed.nerdctl_start(
+        &["--pids-limit", "20"],
+        &bed.busybox(),
+        &["sleep", "100000"],
+    );
+    let said = container
+        .sh("for n in $(seq 40); do sleep 1000 & done; wait")
+        .failure();
+    assert!(
+        format!("{}{}", said.out(), said.err()).contains("fork"),
+        "{}",
+        said.report()
+    );
     eventually("there is room again", seconds(20), || {
-        container.sh("pkill -9 -f 'sleep 1000$'; true").ok().then_some(())
+        container
+            .sh("pkill -9 -f 'sleep 1000$'; true")
+            .ok()
+            .then_some(())
     });
-    eventually("it can be entered again", seconds(20), || container.sh("true").ok().then_some(()));
+    eventually("it can be entered again", seconds(20), || {
+        container.sh("true").ok().then_some(())
+    });
 }
 
 #[test]
@@ -184,12 +247,22 @@ fn the_share_can_be_changed_while_it_runs() {
     let container = bed.nerdctl_start(&options, &bed.busybox(), &["sleep", "1000"]);
     let (used, wall) = busy_loop(&container, 4);
     assert!(used / wall < 0.25, "{used} s of {wall} s");
-    let update = ["nerdctl", "update", "--cpus", "0.6", "--memory", "150m", container.id()];
+    let update = [
+        "nerdctl",
+        "update",
+        "--cpus",
+        "0.6",
+        "--memory",
+        "150m",
+        container.id(),
+    ];
     bed.command(update).run().success();
     let (used, wall) = busy_loop(&container, 4);
     assert!((0.3..0.7).contains(&(used / wall)), "{used} s of {wall} s");
     // 120 MiB were too much before and are not now.
-    container.sh("dd if=/dev/zero of=/tmp/x bs=1M count=1 2>/dev/null; rm /tmp/x").success();
+    container
+        .sh("dd if=/dev/zero of=/tmp/x bs=1M count=1 2>/dev/null; rm /tmp/x")
+        .success();
     let hog = "head -c 125829120 /dev/zero | tail -c 115343360 | wc -c";
     assert_eq!(container.sh(hog).success().out(), "115343360");
 }
@@ -203,13 +276,22 @@ fn a_memory_limit_is_seen_as_the_size_of_the_machine_or_larger() {
     }
     let line = "awk '/MemTotal/ {print int($2/1024)}' /proc/meminfo";
     let total = |options: &[&str]| -> u32 {
-        let run = bed.ctr_run(options, &bed.busybox(), ["sh", "-c", line]).run().success();
+        let run = bed
+            .ctr_run(options, &bed.busybox(), ["sh", "-c", line])
+            .run()
+            .success();
         run.out().parse().expect("a number")
     };
     let ordinary = total(&[]);
-    assert!((200..600).contains(&ordinary), "a VM of {ordinary} MiB by default");
+    assert!(
+        (200..600).contains(&ordinary),
+        "a VM of {ordinary} MiB by default"
+    );
     let large = total(&["--memory-limit", "1073741824"]);
-    assert!((1000..1400).contains(&large), "a VM of {large} MiB for a limit of 1 GiB");
+    assert!(
+        (1000..1400).contains(&large),
+        "a VM of {large} MiB for a limit of 1 GiB"
+    );
 }
 
 #[test]
@@ -220,6 +302,9 @@ fn cpus_asked_for_are_there() {
         return;
     }
     assert_eq!(bed.busybox_run(["nproc"]).success().out(), "1");
-    let two = bed.nerdctl_run(&["--cpus", "2"], &bed.busybox(), &["nproc"]).run().success();
+    let two = bed
+        .nerdctl_run(&["--cpus", "2"], &bed.busybox(), &["nproc"])
+        .run()
+        .success();
     assert_eq!(two.out(), "2");
 }

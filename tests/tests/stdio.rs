@@ -62,7 +62,11 @@ fn drain(mut stream: impl Read) -> (usize, String) {
 
 /// Long transfers are for the native bed; emulation gets a sixteenth.
 fn long(bed: &Bed, bytes: usize) -> usize {
-    if bed.kind() == Kind::Native { bytes } else { bytes / 16 }
+    if bed.kind() == Kind::Native {
+        bytes
+    } else {
+        bytes / 16
+    }
 }
 
 #[test]
@@ -102,7 +106,10 @@ fn much_goes_into_an_exec_and_comes_out() {
         .run()
         .success()
         .out();
-    assert_eq!(said.split(' ').next(), Some(digest_of_noise(through).as_str()));
+    assert_eq!(
+        said.split(' ').next(),
+        Some(digest_of_noise(through).as_str())
+    );
 }
 
 #[test]
@@ -110,7 +117,10 @@ fn much_goes_into_an_exec_and_comes_out() {
 fn end_of_input_is_seen_and_what_follows_is_still_written() {
     let bed = Bed::get();
     let argv = ["sh", "-c", "wc -c; sleep 1; echo after the end"];
-    let run = bed.nerdctl_run(&["-i"], &bed.busybox(), &argv).stdin("twelve bytes").run();
+    let run = bed
+        .nerdctl_run(&["-i"], &bed.busybox(), &argv)
+        .stdin("twelve bytes")
+        .run();
     assert_eq!(run.success().out(), "12\nafter the end");
     // ctr forgets an end of input that comes before the task is there: it gets it late.
     let late = |mut stdin: ChildStdin| {
@@ -127,7 +137,11 @@ fn a_reader_that_leaves_early_does_no_harm() {
     let bed = Bed::get();
     // The container stops reading after ten bytes; we go on writing and are not stuck.
     let run = bed
-        .ctr_run(&[], &bed.busybox(), ["sh", "-c", "head -c 10 >/dev/null; exec <&-; echo enough"])
+        .ctr_run(
+            &[],
+            &bed.busybox(),
+            ["sh", "-c", "head -c 10 >/dev/null; exec <&-; echo enough"],
+        )
         .feed(|mut stdin| {
             let block = vec![b'x'; 64 * 1024];
             // Its end is told as a broken pipe, at the latest when the container is gone.
@@ -143,7 +157,14 @@ fn a_client_that_stops_reading_does_not_stop_the_end() {
     let bed = Bed::get();
     let container = bed.named(Client::Ctr, "deaf");
     let mut run = bed
-        .command(["ctr", "run", "--runtime", bed.runtime(), &bed.busybox(), container.id()])
+        .command([
+            "ctr",
+            "run",
+            "--runtime",
+            bed.runtime(),
+            &bed.busybox(),
+            container.id(),
+        ])
         .args(["sh", "-c", "yes"])
         .spawn();
     let mut first = [0; 2];
@@ -152,7 +173,10 @@ fn a_client_that_stops_reading_does_not_stop_the_end() {
     // Dropping its end of the pipe ended the client, or will: the container can be killed anyway.
     container.task("kill", &["-s", "KILL"]).success();
     eventually("the task stops", seconds(20), || {
-        container.status().is_none_or(|status| status == "STOPPED").then_some(())
+        container
+            .status()
+            .is_none_or(|status| status == "STOPPED")
+            .then_some(())
     });
 }
 
@@ -160,8 +184,13 @@ fn a_client_that_stops_reading_does_not_stop_the_end() {
 #[ignore = "needs a bed: tests/run"]
 fn the_two_outputs_stay_apart() {
     let bed = Bed::get();
-    let run = bed.busybox_run(["sh", "-c", "echo to stdout; echo to stderr >&2"]).success();
-    assert_eq!((run.out().as_str(), run.err().as_str()), ("to stdout", "to stderr"));
+    let run = bed
+        .busybox_run(["sh", "-c", "echo to stdout; echo to stderr >&2"])
+        .success();
+    assert_eq!(
+        (run.out().as_str(), run.err().as_str()),
+        ("to stdout", "to stderr")
+    );
 }
 
 #[test]
@@ -175,7 +204,9 @@ fn what_is_written_last_is_not_lost() {
         assert_eq!(said.bytes().len(), 300_000, "round {round}");
     }
     for _ in 0..3 {
-        let said = bed.busybox_run(["sh", "-c", "head -c 300000 /dev/zero; exit 3"]).exits(3);
+        let said = bed
+            .busybox_run(["sh", "-c", "head -c 300000 /dev/zero; exit 3"])
+            .exits(3);
         assert_eq!(said.bytes().len(), 300_000);
     }
 }
@@ -185,7 +216,9 @@ fn what_is_written_last_is_not_lost() {
 fn a_background_child_that_holds_the_output_does_not_hold_the_exit() {
     let bed = Bed::get();
     let container = bed.ctr_start(&[], &bed.busybox(), &["sleep", "1000"]);
-    let said = container.exec(["sh", "-c", "sleep 1000 & echo started"]).success();
+    let said = container
+        .exec(["sh", "-c", "sleep 1000 & echo started"])
+        .success();
     assert_eq!(said.out(), "started");
 }
 
@@ -204,7 +237,8 @@ fn a_terminal_that_follows_its_window() {
     terminal.expect("size: 27 91");
     terminal.resize(123, 45);
     // The window's change travels on its own: ask until it has arrived.
-    terminal.line("until [ \"$(stty size)\" = '45 123' ]; do sleep 0.1; done; echo now: $(stty size)");
+    terminal
+        .line("until [ \"$(stty size)\" = '45 123' ]; do sleep 0.1; done; echo now: $(stty size)");
     terminal.expect("now: 45 123");
     // Ctrl-C reaches the foreground process and not the shell.
     terminal.line("echo wait; sleep 1000; echo interrupted: $?");
@@ -224,7 +258,13 @@ fn detach_and_attach_again() {
     let container = bed.named(Client::Nerdctl, "detach");
     let run = bed
         .terminal_command(["nerdctl", "run", "-i", "-t", "--runtime", bed.runtime()])
-        .args(["--network", "none", "--name", container.id(), &bed.busybox()])
+        .args([
+            "--network",
+            "none",
+            "--name",
+            container.id(),
+            &bed.busybox(),
+        ])
         .args(["sh", "-c", line]);
     let mut terminal = Terminal::start(run, 80, 25);
     terminal.expect("tick ");
