@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -90,6 +90,7 @@ pub struct Process {
     pub size: Mutex<Option<(u32, u32)>>,
     phase: watch::Sender<Phase>,
     streams: Mutex<Option<Arc<Streams>>>,
+    stdin_closed: AtomicBool,
 }
 
 impl Process {
@@ -105,6 +106,7 @@ impl Process {
             order: tokio::sync::Mutex::new(()),
             phase: watch::Sender::new(Phase::Created),
             streams: Mutex::new(None),
+            stdin_closed: AtomicBool::new(false),
         })
     }
 
@@ -159,7 +161,20 @@ impl Process {
 
     /// Sets the streams.
     pub fn set_streams(&self, streams: Streams) {
-        *lock(&self.streams) = Some(Arc::new(streams));
+        let mut place = lock(&self.streams);
+        if self.stdin_closed.load(Ordering::Relaxed) {
+            streams.close_stdin();
+        }
+        *place = Some(Arc::new(streams));
+    }
+
+    /// containerd's CloseIO, which may come before the streams are there.
+    pub fn close_stdin(&self) {
+        let streams = lock(&self.streams);
+        self.stdin_closed.store(true, Ordering::Relaxed);
+        if let Some(streams) = &*streams {
+            streams.close_stdin();
+        }
     }
 
     /// Lets go of the streams, after what is left in them has been written.

@@ -145,6 +145,9 @@ impl Pod {
             }
             containers.insert(asked.id.clone(), container.clone());
         }
+        if let Some(streams) = init.streams() {
+            streams.feed()?;
+        }
         let pid = up.vm.vmm_pid;
         self.events.publish(TaskCreate {
             container_id: asked.id.clone(),
@@ -294,17 +297,21 @@ impl Pod {
             stdio: MessageField::some(stdio),
             ..Default::default()
         };
+        // Before the process: CloseIO may come while it is being started.
+        process.set_streams(streams);
         let started = match self.call(&up, up.agent.exec_process(&request)).await {
             Ok(_) => self.call(&up, up.agent.start_process(&process.id())).await,
             Err(e) => Err(e),
         };
         if let Err(e) = started {
-            streams.close().await;
+            process.close_streams().await;
             // It never ran: deleting it must not wait for an end.
             process.advance(Phase::Stopped(Exit::now(KILLED)));
             return Err(e);
         }
-        process.set_streams(streams);
+        if let Some(streams) = process.streams() {
+            streams.feed()?;
+        }
         process.advance(Phase::Running);
         self.events.publish(TaskExecStarted {
             container_id: id.into(),

@@ -69,7 +69,6 @@ enum Sink {
 
 /// The host's ends, open.
 struct Opened {
-    stdin: Option<(pipe::Receiver, pipe::Sender)>,
     stdout: Option<Sink>,
     stderr: Option<Sink>,
     logger: Option<Logger>,
@@ -78,11 +77,21 @@ struct Opened {
 /// The streams of one process.
 #[derive(Default)]
 pub struct Streams {
-    keep_stdin_open: Mutex<Option<pipe::Sender>>,
+    input: Mutex<Input>,
     stdin: Mutex<Option<JoinHandle<()>>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     logger: Mutex<Option<Logger>>,
     progress: Arc<Progress>,
+}
+
+/// Standard input, before and after the FIFO is open.
+#[derive(Default)]
+struct Input {
+    /// The FIFO, and the guest's end that waits for it.
+    waiting: Option<(String, UnixStream)>,
+    /// Without it the end of the last client is the end of the file.
+    keep_open: Option<pipe::Sender>,
+    closed: bool,
 }
 
 /// What the outputs of a process have done together.
@@ -93,7 +102,8 @@ struct Progress {
 }
 
 impl Streams {
-    /// Opens the host's ends and the guest's, and begins to copy. Answers with what the agent needs.
+    /// Opens the host's ends and the guest's, and begins to copy the output. Answers with what the
+    /// agent needs. [`Streams::feed`] follows when the process is there.
     ///
     /// # Errors
     /// A path cannot be opened, or the guest takes no connection.
@@ -109,11 +119,10 @@ impl Streams {
             agent::Stdio { terminal: wanted.terminal, rows, columns, ..Default::default() };
         let streams = Self::default();
         *lock(&streams.logger) = opened.logger;
-        if let Some((receiver, keep)) = opened.stdin {
+        if !wanted.stdin.is_empty() {
             let (stream, token) = agent.stdio().await?;
             request.stdin = token;
-            *lock(&streams.keep_stdin_open) = Some(keep);
-            *lock(&streams.stdin) = Some(tokio::spawn(copy_in(receiver, stream)));
+            lock(&streams.input).waiting = Some((wanted.stdin.clone(), stream));
         }
         for (sink, token) in
             [(opened.stdout, &mut request.stdout), (opened.stderr, &mut request.stderr)]
@@ -127,10 +136,31 @@ impl Streams {
         Ok((streams, request))
     }
 
+    /// Opens the input FIFO and begins to copy.
+    ///
+    /// Not before: a client that finds the FIFO open writes what it has, and then asks for the end of
+    /// the input of a process that containerd must know by then.
+    ///
+    /// # Errors
+    /// The FIFO cannot be opened.
+    pub fn feed(&self) -> Result<(), Error> {
+        let mut input = lock(&self.input);
+        let Some((path, stream)) = input.waiting.take() else { return Ok(()) };
+        let (receiver, keep) =
+            open_stdin(&path).map_err(|source| Error::Open { uri: path, source })?;
+        if !input.closed {
+            input.keep_open = Some(keep);
+        }
+        *lock(&self.stdin) = Some(tokio::spawn(copy_in(receiver, stream)));
+        Ok(())
+    }
+
     /// containerd's CloseIO: once the clients have closed the FIFO and it is empty, the process's
     /// standard input ends.
     pub fn close_stdin(&self) {
-        lock(&self.keep_stdin_open).take();
+        let mut input = lock(&self.input);
+        input.keep_open = None;
+        input.closed = true;
     }
 
     /// After the process has ended: waits until its output has been written, as long as it moves.
@@ -138,7 +168,7 @@ impl Streams {
         if let Some(stdin) = lock(&self.stdin).take() {
             stdin.abort();
         }
-        self.close_stdin();
+        *lock(&self.input) = Input { closed: true, ..Input::default() };
         let mut open = self.progress.open.subscribe();
         loop {
             let before = self.progress.moved.load(Ordering::Relaxed);
@@ -179,10 +209,10 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 async fn open_host(wanted: &Wanted, namespace: &str, container: &str) -> Result<Opened, Error> {
-    let stdin = match wanted.stdin.as_str() {
-        "" => None,
-        path => Some(open_stdin(path).map_err(|source| Error::Open { uri: path.into(), source })?),
-    };
+    if !wanted.stdin.is_empty() {
+        let failed = |source| Error::Open { uri: wanted.stdin.clone(), source };
+        std::fs::metadata(&wanted.stdin).map_err(failed)?;
+    }
     let stderr = if wanted.terminal { "" } else { wanted.stderr.as_str() };
     if let Some(rest) = wanted.stdout.strip_prefix("binary://") {
         let (logger, stdout, error) = Logger::spawn(rest, namespace, container).await?;
@@ -193,9 +223,9 @@ async fn open_host(wanted: &Wanted, namespace: &str, container: &str) -> Result<
             })
         };
         let stderr = if wanted.terminal { None } else { Some(sender(error)?) };
-        return Ok(Opened { stdin, stdout: Some(sender(stdout)?), stderr, logger: Some(logger) });
+        return Ok(Opened { stdout: Some(sender(stdout)?), stderr, logger: Some(logger) });
     }
-    Ok(Opened { stdin, stdout: open_sink(&wanted.stdout)?, stderr: open_sink(stderr)?, logger: None })
+    Ok(Opened { stdout: open_sink(&wanted.stdout)?, stderr: open_sink(stderr)?, logger: None })
 }
 
 /// Both ends of a FIFO, without waiting for a client.

@@ -39,9 +39,10 @@ async fn output_survives_a_reader_that_goes_and_another_that_comes() {
 async fn input_ends_after_close_io_and_not_when_a_client_goes() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(dir.path(), "in");
-    let (receiver, keep) = open_stdin(&path).unwrap();
     let (host, mut guest) = UnixStream::pair().unwrap();
-    tokio::spawn(copy_in(receiver, host));
+    let streams = Streams::default();
+    lock(&streams.input).waiting = Some((path.clone(), host));
+    streams.feed().unwrap();
     let write = |text: &'static str| {
         let path = path.clone();
         tokio::task::spawn_blocking(move || {
@@ -56,8 +57,26 @@ async fn input_ends_after_close_io_and_not_when_a_client_goes() {
     assert_eq!(&text, b"one two");
     let more = tokio::time::timeout(Duration::from_millis(50), guest.read(&mut text)).await;
     assert!(more.is_err(), "no end of file while the shim keeps it open");
-    drop(keep);
+    streams.close_stdin();
     assert_eq!(guest.read(&mut text).await.unwrap(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn close_io_before_the_fifo_is_open_is_not_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(dir.path(), "in");
+    let (host, mut guest) = UnixStream::pair().unwrap();
+    let streams = Streams::default();
+    lock(&streams.input).waiting = Some((path.clone(), host));
+    streams.close_stdin();
+    let client = tokio::task::spawn_blocking(move || std::fs::write(path, "all"));
+    // The client's open waits for ours.
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    streams.feed().unwrap();
+    client.await.unwrap().unwrap();
+    let mut text = String::new();
+    guest.read_to_string(&mut text).await.unwrap();
+    assert_eq!(text, "all");
 }
 
 #[tokio::test]

@@ -264,10 +264,8 @@ impl Task for TaskService {
     async fn close_io(&self, _: &TtrpcContext, r: CloseIORequest) -> ttrpc::Result<Empty> {
         answer!("close-io", r.id, {
             let process = self.pod()?.container(&r.id)?.process(&r.exec_id)?;
-            if r.stdin
-                && let Some(streams) = process.streams()
-            {
-                streams.close_stdin();
+            if r.stdin {
+                process.close_stdin();
             }
             Ok(Empty::new())
         })
