@@ -40,7 +40,7 @@ pub enum Error {
     #[error("ACPI tables of {0} bytes do not fit")]
     TooLarge(usize),
     /// RAM does not reach that far.
-    #[error("ACPI tables do not fit into guest memory: {0}")]
+    #[error("ACPI tables do not fit into guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 

@@ -38,7 +38,7 @@ const PAGE: u64 = 4096;
 pub enum Error {
     /// open(2) failed.
     #[error(
-        "cannot open the guest {what} {}: {source}; install it or correct its path in the \
+        "cannot open the guest {what} {}: {reason}; install it or correct its path in the \
          configuration", path.display()
     )]
     Open {
@@ -47,7 +47,7 @@ pub enum Error {
         /// Which.
         path: PathBuf,
         /// The system's answer.
-        source: io::Error,
+        reason: io::Error,
     },
     /// Not an ELF for x86-64.
     #[error(
@@ -89,14 +89,14 @@ pub enum Error {
         needed: u64,
     },
     /// Reading it failed.
-    #[error("cannot read the guest {what} {}: {source}", path.display())]
+    #[error("cannot read the guest {what} {}: {reason}", path.display())]
     Read {
         /// kernel or initrd.
         what: &'static str,
         /// Which.
         path: PathBuf,
         /// The cause.
-        source: vm_memory::GuestMemoryError,
+        reason: vm_memory::GuestMemoryError,
     },
     /// The command line.
     #[error("the kernel command line has {length} bytes; at most {COMMAND_LINE_MAX} are possible")]
@@ -105,7 +105,7 @@ pub enum Error {
         length: usize,
     },
     /// Guest RAM does not reach where it must.
-    #[error("boot data do not fit into guest memory: {0}")]
+    #[error("boot data do not fit into guest memory")]
     Memory(#[from] vm_memory::GuestMemoryError),
 }
 
@@ -118,10 +118,10 @@ pub fn open(what: &'static str, path: &Path) -> Result<File, Error> {
         true => Err(io::Error::from(io::ErrorKind::IsADirectory)),
         false => Ok(file),
     });
-    opened.map_err(|source| Error::Open {
+    opened.map_err(|reason| Error::Open {
         what,
         path: path.into(),
-        source,
+        reason,
     })
 }
 
@@ -175,10 +175,10 @@ pub fn load_kernel(
             memory,
             segment.gpa,
         )
-        .map_err(|source| Error::Read {
+        .map_err(|reason| Error::Read {
             what: "kernel",
             path: path.into(),
-            source,
+            reason,
         })?;
     }
     Ok(Kernel { entry, end })
@@ -306,10 +306,10 @@ pub fn load_initrd(
     if start < kernel.end {
         return Err(no_room());
     }
-    read_into(&mut file, 0, size, memory, start).map_err(|source| Error::Read {
+    read_into(&mut file, 0, size, memory, start).map_err(|reason| Error::Read {
         what: "initrd",
         path: path.into(),
-        source,
+        reason,
     })?;
     Ok((start, size))
 }

@@ -45,7 +45,7 @@ pub enum Error {
         "cannot open {DEVICE}: {0}; enable virtualization on this host, load kvm_intel or \
          kvm_amd, and give this user access to {DEVICE}"
     )]
-    Open(#[source] kvm_ioctls::Error),
+    Open(kvm_ioctls::Error),
     /// Not the KVM of the last two decades.
     #[error("{DEVICE} has API version {0}, Sepal needs {KVM_API_VERSION}")]
     Version(i32),
@@ -53,18 +53,18 @@ pub enum Error {
     #[error("KVM on this host lacks {0}; a Linux kernel of version 4.14 or later has it")]
     Capability(&'static str),
     /// An ioctl failed.
-    #[error("KVM: {call} failed: {source}")]
+    #[error("KVM: {call} failed: {reason}")]
     Ioctl {
         /// Which.
         call: &'static str,
         /// The kernel's answer.
-        source: kvm_ioctls::Error,
+        reason: kvm_ioctls::Error,
     },
 }
 
 /// Names the ioctl in the error.
 fn ioctl(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> Error {
-    move |source| Error::Ioctl { call, source }
+    move |reason| Error::Ioctl { call, reason }
 }
 
 /// KVM of this host.
@@ -175,12 +175,18 @@ pub enum Backing {
     Ram(Arc<MmapRegion>),
     /// A file of the host that the guest may only read.
     Image(Arc<Image>),
+    /// Registers that the guest reads as memory and writes by leaving to us.
+    Registers(Arc<MmapRegion>),
 }
+
+/// A memory slot that can be taken away again.
+#[derive(Debug, PartialEq, Eq)]
+pub struct SlotId(pub u32);
 
 /// A VM.
 pub struct Machine {
     vm: VmFd,
-    slots: Mutex<Vec<Backing>>,
+    slots: Mutex<Vec<Option<Backing>>>,
     routes: Mutex<Routes>,
 }
 
@@ -189,14 +195,22 @@ impl Machine {
     ///
     /// # Errors
     /// The range overlaps another, or KVM has no slot left.
-    pub fn add_memory(&self, gpa: u64, backing: Backing) -> Result<(), Error> {
+    pub fn add_memory(&self, gpa: u64, backing: Backing) -> Result<SlotId, Error> {
         let (flags, address, size) = match &backing {
             Backing::Ram(region) => (0, region.as_ptr() as u64, region.size() as u64),
             Backing::Image(image) => (KVM_MEM_READONLY, image.host_address(), image.size()),
+            Backing::Registers(page) => {
+                (KVM_MEM_READONLY, page.as_ptr() as u64, page.size() as u64)
+            }
         };
         let mut slots = lock(&self.slots);
+        let free = slots.iter().position(Option::is_none);
+        let index = free.unwrap_or_else(|| {
+            slots.push(None);
+            slots.len() - 1
+        });
         let slot = kvm_userspace_memory_region {
-            slot: slots.len() as u32,
+            slot: index as u32,
             flags,
             guest_phys_addr: gpa,
             memory_size: size,
@@ -206,7 +220,26 @@ impl Machine {
         // VM. What the guest does to it is seen only through volatile accesses.
         unsafe { self.vm.set_user_memory_region(slot) }
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
-        slots.push(backing);
+        slots[index] = Some(backing);
+        Ok(SlotId(index as u32))
+    }
+
+    /// Takes memory away from the guest.
+    ///
+    /// # Errors
+    /// The ioctl's; the slot then stays.
+    pub fn remove_memory(&self, slot: &SlotId) -> Result<(), Error> {
+        let mut slots = lock(&self.slots);
+        let gone = kvm_userspace_memory_region {
+            slot: slot.0,
+            ..Default::default()
+        };
+        // SAFETY: a size of zero deletes the slot; KVM then no longer uses its mapping.
+        unsafe { self.vm.set_user_memory_region(gone) }
+            .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+        if let Some(place) = slots.get_mut(slot.0 as usize) {
+            *place = None;
+        }
         Ok(())
     }
 

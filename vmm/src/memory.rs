@@ -72,24 +72,24 @@ pub enum Error {
         size: u64,
     },
     /// memfd_create(2) or ftruncate(2) failed.
-    #[error("cannot allocate {size} bytes of guest memory{}: {source}", huge_hint(*.hugepages))]
+    #[error("cannot allocate {size} bytes of guest memory{}: {reason}", huge_hint(*.hugepages))]
     Allocate {
         /// Bytes asked for.
         size: u64,
         /// Whether of huge pages.
         hugepages: bool,
         /// The kernel's answer.
-        source: io::Error,
+        reason: io::Error,
     },
     /// mmap(2) failed.
-    #[error("cannot map {size} bytes of guest memory{}: {source}", huge_hint(*.hugepages))]
+    #[error("cannot map {size} bytes of guest memory{}: {reason}", huge_hint(*.hugepages))]
     Map {
         /// Bytes asked for.
         size: u64,
         /// Whether of huge pages.
         hugepages: bool,
         /// The kernel's answer.
-        source: MmapRegionError,
+        reason: MmapRegionError,
     },
 }
 
@@ -155,10 +155,10 @@ impl Ram {
     pub fn new(spec: &MemorySpec) -> Result<Self, Error> {
         let layout = Layout::new(spec.size)?;
         let (size, hugepages) = (spec.size, spec.hugepages);
-        let memfd = memfd("sepal-ram", size, hugepages).map_err(|source| Error::Allocate {
+        let memfd = memfd("sepal-ram", size, hugepages).map_err(|reason| Error::Allocate {
             size,
             hugepages,
-            source,
+            reason,
         })?;
         let memfd = Arc::new(File::from(memfd));
 
@@ -172,10 +172,10 @@ impl Ram {
                 .with_hugetlbfs(hugepages)
                 .with_file_offset(FileOffset::from_arc(memfd.clone(), offset))
                 .build()
-                .map_err(|source| Error::Map {
+                .map_err(|reason| Error::Map {
                     size,
                     hugepages,
-                    source,
+                    reason,
                 })?;
             let region = Arc::new(region);
             advise(&region, libc::MADV_DONTDUMP);

@@ -26,7 +26,7 @@ use crate::kvm::{self, Backing, Host, Machine, Vcpu};
 use crate::launcher::Launcher;
 use crate::memory::{Layout, MMIO64_SIZE, Ram};
 use crate::pci::virtio::VirtioPci;
-use crate::pci::{PciBus, first_bar};
+use crate::pci::{self, PciBus};
 use crate::platform::{EVENT_PIN, Platform};
 use crate::serial::Serial;
 use crate::vcpu::{self, Vcpus};
@@ -240,7 +240,7 @@ impl Builder {
             memory,
             wires,
             self.launcher.clone(),
-            first_bar(slot),
+            pci::place(slot),
         )?)
     }
 

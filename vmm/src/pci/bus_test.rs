@@ -26,7 +26,7 @@ fn function(slot: u8, device: Box<dyn crate::virtio::device::VirtioDevice>) -> V
     let memory = Arc::new(vm_memory::GuestMemoryMmap::from_ranges(&ranges).unwrap());
     let launcher = Arc::new(Launcher::start().unwrap());
     let wires = Arc::new(TestWires::default());
-    VirtioPci::new(device, memory, wires, launcher, first_bar(slot)).unwrap()
+    VirtioPci::new(device, memory, wires, launcher, place(slot)).unwrap()
 }
 
 fn config(bus: &PciBus, slot: u64, function: u64, register: u64) -> u32 {
@@ -65,17 +65,17 @@ fn ecam_shows_functions_where_they_are() {
 #[test]
 fn registers_answer_only_where_the_guest_has_enabled_them() {
     let bus = bus();
-    let queues = first_bar(1) + 0x12;
+    let queues = place(1).bar + 0x12;
     let mut data = [0; 2];
     assert!(!bus.read_bar(queues, &mut data));
     bus.write_config(1 << 15 | 4, &2_u16.to_le_bytes());
     assert!(bus.read_bar(queues, &mut data));
     assert_eq!(data, 2_u16.to_le_bytes());
     assert!(
-        !bus.read_bar(first_bar(1) + BAR_SIZE - 1, &mut data),
+        !bus.read_bar(place(1).bar + BAR_SIZE - 1, &mut data),
         "across the end"
     );
-    assert!(!bus.read_bar(first_bar(16) + 0x12, &mut data));
+    assert!(!bus.read_bar(place(16).bar + 0x12, &mut data));
     // Moved above RAM, as a guest's kernel does with a device that was plugged.
     bus.write_config(1 << 15 | 0x14, &1_u32.to_le_bytes());
     assert!(!bus.read_bar(queues, &mut data));

@@ -8,6 +8,7 @@
 
 pub mod common;
 pub mod config;
+pub mod mirror;
 pub mod msix;
 pub mod signals;
 #[cfg(test)]
@@ -20,8 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use self::virtio::{BAR_SIZE, VirtioPci};
-use crate::memory::{HIGH_RAM_START, MMIO32_SIZE, MMIO32_START};
+use self::virtio::{BAR_SIZE, Place, VirtioPci};
+use crate::memory::{ECAM_START, HIGH_RAM_START, MMIO32_SIZE, MMIO32_START};
 use crate::platform::Platform;
 
 /// Slots of bus 0.
@@ -71,9 +72,13 @@ impl Default for PciBus {
     }
 }
 
-/// Where the registers of the function in `slot` lie at first.
-pub fn first_bar(slot: u8) -> u64 {
-    MMIO32_START + u64::from(slot) * BAR_SIZE
+/// Where the function in `slot` lies at first.
+pub fn place(slot: u8) -> Place {
+    let slot = u64::from(slot);
+    Place {
+        config: ECAM_START + (slot << 15),
+        bar: MMIO32_START + slot * BAR_SIZE,
+    }
 }
 
 impl PciBus {

@@ -2,12 +2,13 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsRawFd;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
+use vm_memory::{MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::wires::Wires;
-use crate::kvm::{Error, Msi};
+use crate::kvm::{Error, Msi, SlotId};
 
 #[derive(Default)]
 struct Ends {
@@ -15,6 +16,8 @@ struct Ends {
     routes: BTreeMap<u32, Msi>,
     lines: HashMap<i32, (EventFd, u32)>,
     doorbells: BTreeMap<u64, i32>,
+    /// Pages by slot, with their addresses.
+    pages: Vec<Option<(u64, Arc<MmapRegion>)>>,
 }
 
 /// Stands for KVM: keeps what is wired to what.
@@ -38,6 +41,15 @@ impl TestWires {
     /// How many irqfds there are.
     pub fn connected(&self) -> usize {
         self.0.lock().unwrap().lines.len()
+    }
+
+    /// What the guest reads at `gpa` without leaving.
+    pub fn shown(&self, gpa: u64) -> Option<[u8; 4096]> {
+        let ends = self.0.lock().unwrap();
+        let (_, page) = ends.pages.iter().flatten().find(|(at, _)| *at == gpa)?;
+        let mut bytes = [0; 4096];
+        page.get_slice(0, 4096).unwrap().copy_to(&mut bytes);
+        Some(bytes)
     }
 
     /// Where the guest's writes would ring.
@@ -97,6 +109,21 @@ impl Wires for TestWires {
         assert_eq!(
             self.0.lock().unwrap().doorbells.remove(&gpa),
             Some(event.as_raw_fd())
+        );
+        Ok(())
+    }
+
+    fn show_registers(&self, gpa: u64, page: &Arc<MmapRegion>) -> Result<SlotId, Error> {
+        let mut ends = self.0.lock().unwrap();
+        ends.pages.push(Some((gpa, page.clone())));
+        Ok(SlotId(ends.pages.len() as u32 - 1))
+    }
+
+    fn hide_registers(&self, slot: &SlotId) -> Result<(), Error> {
+        assert!(
+            self.0.lock().unwrap().pages[slot.0 as usize]
+                .take()
+                .is_some()
         );
         Ok(())
     }

@@ -21,6 +21,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::common::{CommonConfig, DeviceStatus};
 use super::config::{ConfigSpace, Identity};
+use super::mirror::Mirror;
 use super::msix::{ENTRY, Msix};
 use super::signals::Signals;
 use super::wires::Wires;
@@ -54,6 +55,9 @@ const CFG_DEVICE: u8 = 4;
 const CFG_PCI: u8 = 5;
 const CFG_SHARED_MEMORY: u8 = 8;
 
+/// Bytes of the configuration access capability, its data included.
+const WINDOW_LENGTH: usize = 20;
+
 /// Register BAR and shared memory BAR, each a pair of registers.
 const REGISTERS: usize = 0;
 const SHARED: usize = 1;
@@ -62,16 +66,26 @@ const SHARED: usize = 1;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No descriptors.
-    #[error("no descriptors for a virtio device: {0}")]
+    #[error("no descriptors for a virtio device")]
     Descriptors(#[from] io::Error),
     /// More queues, regions or capabilities than the transport has room for.
     #[error("virtio device {0:?} does not fit into a PCI function")]
     TooLarge(DeviceType),
 }
 
+/// Where a function lies at first.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Its configuration space.
+    pub config: u64,
+    /// Its registers, a multiple of [`BAR_SIZE`].
+    pub bar: u64,
+}
+
 /// A virtio device as a PCI function.
 pub struct VirtioPci {
     config: ConfigSpace,
+    mirror: Mirror,
     msix: Msix,
     msix_capability: usize,
     window_capability: usize,
@@ -86,7 +100,7 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Makes a function of `device`, its registers at `bar` (a multiple of [`BAR_SIZE`]).
+    /// Makes a function of `device` at `place`.
     ///
     /// # Errors
     /// No descriptors left, or a device that is too large for one function.
@@ -95,7 +109,7 @@ impl VirtioPci {
         memory: Arc<GuestMemoryMmap>,
         wires: Arc<dyn Wires>,
         launcher: Arc<Launcher>,
-        bar: u64,
+        place: Place,
     ) -> Result<Self, Error> {
         let kind = device.device_type();
         let too_large = || Error::TooLarge(kind);
@@ -110,7 +124,7 @@ impl VirtioPci {
         let common = CommonConfig::new(&*device, memory, signals.clone())?;
 
         let mut config = ConfigSpace::new(&identity(kind));
-        config.add_bar(REGISTERS, bar, BAR_SIZE, false);
+        config.add_bar(REGISTERS, place.bar, BAR_SIZE, false);
         let structures = [
             (CFG_COMMON, COMMON, super::common::LENGTH),
             (CFG_ISR, ISR, 1),
@@ -159,8 +173,10 @@ impl VirtioPci {
             .add_capability(CAPABILITY_MSIX, &body, &[0, 0xc0])
             .ok_or_else(too_large)?;
 
+        let mirror = Mirror::new(place.config, &config, wires.clone())?;
         let mut function = Self {
             config,
+            mirror,
             msix,
             msix_capability,
             window_capability,
@@ -173,7 +189,7 @@ impl VirtioPci {
         };
         // Before the first vCPU runs this is cheap; when the guest enables the BAR where it is,
         // nothing is left to do.
-        function.hang_doorbells(bar);
+        function.hang_doorbells(place.bar);
         Ok(function)
     }
 
@@ -193,6 +209,11 @@ impl VirtioPci {
             return;
         }
         self.config.write(at, data);
+        let window = self.window_capability;
+        if at < window + WINDOW_LENGTH && at + data.len() > window {
+            self.mirror.withdraw();
+        }
+        self.mirror.renew(&self.config);
         let control = self.config.u16(self.msix_capability + 2);
         self.msix.set_control(control);
         if let Some(bar) = self.bar() {

@@ -2,11 +2,14 @@
 //!
 //! KVM implements it; the transport's tests look at the wires themselves.
 
+use std::sync::Arc;
+
+use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::{Error, Machine, Msi};
+use crate::kvm::{Backing, Error, Machine, Msi, SlotId};
 
-/// Interrupts by irqfd, doorbells by ioeventfd.
+/// Interrupts by irqfd, doorbells by ioeventfd, registers that are read as memory.
 #[allow(
     missing_docs,
     reason = "each is the function of the same name of Machine"
@@ -18,6 +21,8 @@ pub trait Wires: Send + Sync {
     fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), Error>;
     fn add_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error>;
     fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error>;
+    fn show_registers(&self, gpa: u64, page: &Arc<MmapRegion>) -> Result<SlotId, Error>;
+    fn hide_registers(&self, slot: &SlotId) -> Result<(), Error>;
 }
 
 impl Wires for Machine {
@@ -43,5 +48,13 @@ impl Wires for Machine {
 
     fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error> {
         self.remove_doorbell(gpa, event)
+    }
+
+    fn show_registers(&self, gpa: u64, page: &Arc<MmapRegion>) -> Result<SlotId, Error> {
+        self.add_memory(gpa, Backing::Registers(page.clone()))
+    }
+
+    fn hide_registers(&self, slot: &SlotId) -> Result<(), Error> {
+        self.remove_memory(slot)
     }
 }

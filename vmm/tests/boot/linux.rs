@@ -1,19 +1,18 @@
 //! Linux boots, runs on all its CPUs, pauses, and ends in each of its ways.
 
-mod guest;
-
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use guest::{Vmm, init, initramfs, reboot};
+use super::guest::{Vmm, init, initramfs, reboot};
 use sepal_protocol::control::{Request, Response};
-use sepal_protocol::vm::{CpuSpec, ExitCause};
+use sepal_protocol::vm::{BlkSpec, CpuSpec, ExitCause, FdIndex};
 
 const POWER_OFF: u32 = 0x4321_fedc;
 const RESTART: u32 = 0x0123_4567;
 
 /// Boots Linux with a PID 1 that says "hello" and goes on with `then`; `None` without a kernel.
 fn boot(then: &[u8], change: impl FnOnce(&mut sepal_protocol::vm::VmSpec)) -> Option<Vmm> {
-    let kernel = guest::linux()?;
+    let kernel = super::guest::linux()?;
     let vmm = Vmm::spawn();
     let mut spec = vmm.spec(kernel);
     spec.initrd = Some(vmm.file("initramfs", &initramfs(&init("hello\n", then))));
@@ -41,7 +40,7 @@ fn a_reboot_ends_the_vm() {
 
 #[test]
 fn a_panic_is_told_with_its_last_words() {
-    let Some(mut vmm) = boot(&guest::exit(), |_| {}) else {
+    let Some(mut vmm) = boot(&super::guest::exit(), |_| {}) else {
         return;
     };
     assert_eq!(vmm.wait(), ExitCause::GuestPanic);
@@ -73,7 +72,7 @@ fn all_cpus_come_up() {
 
 #[test]
 fn a_paused_guest_stands_still() {
-    let Some(mut vmm) = boot(&guest::sleep(), |_| {}) else {
+    let Some(mut vmm) = boot(&super::guest::sleep(), |_| {}) else {
         return;
     };
     vmm.expect("hello\r\nhello");
@@ -108,4 +107,37 @@ fn the_early_console_speaks_from_the_first_line_on() {
     };
     assert_eq!(vmm.wait(), ExitCause::PowerOff);
     assert!(vmm.console().contains("Linux version"), "{}", vmm.console());
+}
+
+#[test]
+fn a_block_device_comes_and_goes_while_linux_runs() {
+    let change = |spec: &mut sepal_protocol::vm::VmSpec| spec.cmdline += " loglevel=7";
+    let Some(mut vmm) = boot(&super::guest::sleep(), change) else {
+        return;
+    };
+    vmm.expect("hello");
+    let disk = tempfile::tempfile().unwrap();
+    disk.set_len(8 << 20).unwrap();
+    let spec = BlkSpec {
+        id: "disk".into(),
+        serial: "sepal-test".into(),
+        file: FdIndex(0),
+        read_only: false,
+    };
+    let request = Request::AddBlk(spec);
+    assert_eq!(vmm.ask_with(&request, &[disk.as_raw_fd()]), Response::Ok);
+    vmm.expect("[vda] 16384 512-byte logical blocks");
+    let again = vmm.ask_with(&request, &[disk.as_raw_fd()]);
+    assert!(matches!(again, Response::Error { .. }), "{again:?}");
+
+    let remove = Request::RemoveDevice { id: "disk".into() };
+    assert_eq!(vmm.ask(&remove), Response::Ok);
+    let Response::State(state) = vmm.ask(&Request::State) else {
+        panic!("no state")
+    };
+    assert!(state.devices.is_empty(), "{:?}", state.devices);
+    // The slot and the id are free again.
+    assert_eq!(vmm.ask_with(&request, &[disk.as_raw_fd()]), Response::Ok);
+    assert_eq!(vmm.ask(&Request::Quit), Response::Ok);
+    assert_eq!(vmm.wait(), ExitCause::PowerOff);
 }

@@ -1,10 +1,8 @@
 //! The machine without Linux: kernels of a few instructions on real KVM, and the operator's errors.
 
-mod guest;
-
 use std::path::PathBuf;
 
-use guest::{Vmm, bare, out};
+use super::guest::{Vmm, bare, out};
 use sepal_protocol::control::{Request, Response};
 use sepal_protocol::vm::{ExitCause, VmSpec};
 
@@ -18,7 +16,7 @@ fn end_of(code: &[u8]) -> ExitCause {
 
 #[test]
 fn each_end_of_a_guest_has_its_status() {
-    if !guest::kvm() {
+    if !super::guest::kvm() {
         return;
     }
     assert_eq!(end_of(&out(0x600, 0x34)), ExitCause::PowerOff);
@@ -33,7 +31,7 @@ fn each_end_of_a_guest_has_its_status() {
 
 #[test]
 fn the_vmm_ends_with_its_shim() {
-    if !guest::kvm() {
+    if !super::guest::kvm() {
         return;
     }
     let mut vmm = Vmm::spawn();
@@ -49,7 +47,7 @@ fn the_vmm_ends_with_its_shim() {
 
 #[test]
 fn requests_are_answered_in_order_by_a_busy_machine() {
-    if !guest::kvm() {
+    if !super::guest::kvm() {
         return;
     }
     let mut vmm = Vmm::spawn();
@@ -117,7 +115,7 @@ fn refusal(change: impl FnOnce(&Vmm, &mut VmSpec)) -> String {
 
 #[test]
 fn what_cannot_be_booted_is_named_with_its_remedy() {
-    if !guest::kvm() {
+    if !super::guest::kvm() {
         return;
     }
     let kernels = |spec: &mut VmSpec, path: Option<PathBuf>| {

@@ -21,7 +21,11 @@ pub struct Vmm {
 
 /// Whether this machine has KVM. Says so if not.
 pub fn kvm() -> bool {
-    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    let there = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_ok();
     if !there {
         eprintln!("skipped: no usable /dev/kvm on this machine");
     }
@@ -29,8 +33,15 @@ pub fn kvm() -> bool {
 }
 
 fn probe() -> serde_json::Value {
-    let output = Command::new(env!("CARGO_BIN_EXE_sepal-vmm")).arg("--probe").output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = Command::new(env!("CARGO_BIN_EXE_sepal-vmm"))
+        .arg("--probe")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
@@ -60,7 +71,9 @@ impl Vmm {
         )
         .unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_sepal-vmm"));
-        command.args(["--control-fd", "3", "--log", "info"]).stdin(Stdio::null());
+        command
+            .args(["--control-fd", "3", "--log", "info"])
+            .stdin(Stdio::null());
         let fd = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe and its arguments are plain numbers.
         unsafe {
@@ -70,7 +83,11 @@ impl Vmm {
             });
         }
         let child = command.spawn().unwrap();
-        Self { child, control: Some(ours), dir: tempfile::tempdir().unwrap() }
+        Self {
+            child,
+            control: Some(ours),
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     /// A specification for this VMM, small and without extras.
@@ -78,7 +95,11 @@ impl Vmm {
         VmSpec {
             pod_id: "test".into(),
             cpus: CpuSpec { boot: 1, max: 1 },
-            memory: MemorySpec { size: 256 << 20, hugepages: false, mergeable: false },
+            memory: MemorySpec {
+                size: 256 << 20,
+                hugepages: false,
+                mergeable: false,
+            },
             kernels: KernelSpec {
                 hardware: Some(kernel.clone()),
                 deprivileged: Some(kernel),
@@ -138,7 +159,11 @@ impl Vmm {
                 let code = status.code().unwrap_or_else(|| panic!("killed: {status}"));
                 return ExitCause::from_status(code).unwrap_or_else(|| panic!("status {code}"));
             }
-            assert!(Instant::now() < end, "it does not end; console:\n{}", self.console());
+            assert!(
+                Instant::now() < end,
+                "it does not end; console:\n{}",
+                self.console()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -146,7 +171,10 @@ impl Vmm {
     /// Writes a file beside the VMM's sockets.
     pub fn file(&self, name: &str, bytes: &[u8]) -> PathBuf {
         let path = self.dir.path().join(name);
-        std::fs::File::create(&path).unwrap().write_all(bytes).unwrap();
+        std::fs::File::create(&path)
+            .unwrap()
+            .write_all(bytes)
+            .unwrap();
         path
     }
 }
