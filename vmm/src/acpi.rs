@@ -232,7 +232,7 @@ fn hot_slot(slot: u8) -> Raw {
     let address = aml::Name::new(path("_ADR"), &address);
     let number = aml::Name::new(path("_SUN"), &slot);
     let bit = 1_u32 << slot;
-    let register = path("_SB_.SLEJ");
+    let register = path("\\_SB_.SLEJ");
     let store = aml::Store::new(&register, &bit);
     let eject = aml::Method::new(path("_EJ0"), 1, true, vec![&store]);
     Raw::of(&aml::Device::new(
@@ -244,7 +244,7 @@ fn hot_slot(slot: u8) -> Raw {
 /// SCAN: notifies each slot in the up register of a device check (1) and each in the down register
 /// of an eject request (3).
 fn scan_slots() -> Raw {
-    let (up, down) = (path("_SB_.SLUP"), path("_SB_.SLDN"));
+    let (up, down) = (path("\\_SB_.SLUP"), path("\\_SB_.SLDN"));
     let load_up = aml::Store::new(&aml::Local(0), &up);
     let load_down = aml::Store::new(&aml::Local(1), &down);
     let mut notify = Vec::new();
@@ -290,16 +290,16 @@ fn board_devices(body: &mut dyn AmlSink) {
     let interrupt = aml::Interrupt::new(true, true, false, false, platform::EVENT_PIN);
     let resources = aml::ResourceTemplate::new(vec![&interrupt]);
     let resources = aml::Name::new(path("_CRS"), &resources);
-    let events = path("_SB_.EVTS");
+    let events = path("\\_SB_.EVTS");
     let load = aml::Store::new(&aml::Local(0), &events);
     let button = platform::Event::PowerButton as u32;
     let pressed = aml::And::new(&aml::ZERO, &aml::Local(0), &button);
-    let power_button = path("_SB_.PWRB");
+    let power_button = path("\\_SB_.PWRB");
     let press = aml::Notify::new(&power_button, &0x80_u8);
     let if_pressed = aml::If::new(&pressed, vec![&press]);
     let slots = platform::Event::PciSlots as u32;
     let changed = aml::And::new(&aml::ZERO, &aml::Local(0), &slots);
-    let scan = aml::MethodCall::new(path("_SB_.PCI0.SCAN"), vec![]);
+    let scan = aml::MethodCall::new(path("\\_SB_.PCI0.SCAN"), vec![]);
     let if_changed = aml::If::new(&changed, vec![&scan]);
     let event = aml::Method::new(path("_EVT"), 1, true, vec![&load, &if_pressed, &if_changed]);
     aml::Device::new(path("_SB_.GED0"), vec![&hid, &uid, &resources, &event]).to_aml_bytes(body);

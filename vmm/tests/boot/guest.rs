@@ -273,6 +273,20 @@ pub fn sleep() -> Vec<u8> {
     code
 }
 
+/// Waits for a signal that is blocked from here on: rt_sigprocmask(2), rt_sigtimedwait(2).
+pub fn wait_for_signal(signal: u8) -> Vec<u8> {
+    let mut code = vec![0x48, 0xb8]; // mov rax, the set
+    code.extend_from_slice(&(1_u64 << (signal - 1)).to_le_bytes());
+    code.push(0x50); // push rax
+    code.extend_from_slice(&[0xb8, 14, 0, 0, 0]); // mov eax, rt_sigprocmask
+    code.extend_from_slice(&[0x31, 0xff, 0x48, 0x89, 0xe6, 0x31, 0xd2]); // SIG_BLOCK, rsp, NULL
+    code.extend_from_slice(&[0x41, 0xba, 8, 0, 0, 0, 0x0f, 0x05]); // mov r10d, 8; syscall
+    code.extend_from_slice(&[0xb8, 128, 0, 0, 0]); // mov eax, rt_sigtimedwait
+    code.extend_from_slice(&[0x48, 0x89, 0xe7, 0x31, 0xf6, 0x31, 0xd2]); // rsp, NULL, NULL
+    code.extend_from_slice(&[0x41, 0xba, 8, 0, 0, 0, 0x0f, 0x05, 0x58]); // ...; pop rax
+    code
+}
+
 /// An initramfs of a console and this PID 1 (Linux, buffer-format.rst, "newc").
 pub fn initramfs(init: &[u8]) -> Vec<u8> {
     let mut archive = Vec::new();

@@ -141,3 +141,22 @@ fn a_block_device_comes_and_goes_while_linux_runs() {
     assert_eq!(vmm.ask(&Request::Quit), Response::Ok);
     assert_eq!(vmm.wait(), ExitCause::PowerOff);
 }
+
+#[test]
+fn the_power_button_reaches_pid_1() {
+    /// CONFIG_ACPI_TINY_POWER_BUTTON_SIGNAL of our kernels.
+    const POWER_BUTTON: u8 = 38;
+    let then = [
+        super::guest::wait_for_signal(POWER_BUTTON),
+        reboot(POWER_OFF),
+    ]
+    .concat();
+    let Some(mut vmm) = boot(&then, |_| {}) else {
+        return;
+    };
+    vmm.expect("hello");
+    // Before PID 1 has blocked the signal it would be lost.
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(vmm.ask(&Request::PowerButton), Response::Ok);
+    assert_eq!(vmm.wait(), ExitCause::PowerOff);
+}
