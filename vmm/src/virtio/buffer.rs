@@ -260,6 +260,13 @@ impl<'m> Writer<'m> {
         Self(self.0.take(count))
     }
 
+    /// Where the buffers are in this process, and their lengths.
+    pub fn ranges(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.0.pieces[self.0.first..]
+            .iter()
+            .map(|piece| (piece.iov_base.addr(), piece.iov_len))
+    }
+
     /// Passes over the next `count` bytes, or all there are.
     pub fn skip(&mut self, count: usize) {
         self.0.consume(count.min(self.0.len));

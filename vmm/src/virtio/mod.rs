@@ -7,6 +7,8 @@
 //! Guest memory is reached through [`ring`] (descriptor chains, checked as a whole before a device
 //! sees them) and [`buffer`] (their bytes); no device handles a guest address of a ring itself.
 
+pub mod balloon;
+pub mod blk;
 pub mod buffer;
 pub mod call;
 pub mod console;
@@ -22,6 +24,10 @@ pub mod sys;
 pub mod vsock;
 pub mod worker;
 
+#[cfg(test)]
+mod balloon_test;
+#[cfg(test)]
+mod blk_test;
 #[cfg(test)]
 mod fs_test;
 #[cfg(test)]

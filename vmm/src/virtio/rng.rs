@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_broken_ring_stops_the_device_and_a_reset_revives_it() {
-        let (mut guest, mut queue, mut rng) = device();
+        let (mut guest, queue, mut rng) = device();
         queue.set_available_index(1000);
         queue.kick();
         guest.interrupt.await_reset();

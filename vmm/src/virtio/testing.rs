@@ -310,11 +310,6 @@ impl DriverQueue {
         u16::from_le(self.memory.load(at, Ordering::Acquire).unwrap())
     }
 
-    /// Descriptors not in use.
-    pub fn free(&self) -> usize {
-        self.free.len()
-    }
-
     /// Makes a good chain available and returns its head. The device is not kicked.
     pub fn offer(&mut self, segments: &[Segment]) -> u16 {
         assert!(

@@ -293,7 +293,14 @@ fn sixty_four_mebibytes_pass_in_both_directions_at_once_through_small_windows() 
             driver.send(header, &piece);
             sent += PIECE;
             if sent == TOTAL {
-                driver.shut(ports, SHUTDOWN_SEND);
+                let flags = SHUTDOWN_SEND;
+                let fwd_cnt = (received - pending.len()) as u32;
+                let header = Header {
+                    flags,
+                    fwd_cnt,
+                    ..driver.header(ports, Op::Shutdown)
+                };
+                driver.send(header, &[]);
             }
         } else {
             out_of_credit += 1;
