@@ -76,7 +76,8 @@ pub struct Pod {
     pub timeline: Timeline,
     /// Its containers by their ids.
     pub containers: Mutex<BTreeMap<String, Arc<Container>>>,
-    config: Config,
+    /// What the node's administrator wants.
+    pub config: Config,
     cgroup: OnceLock<Cgroup>,
     vm: OnceLock<Arc<Vm>>,
     up: watch::Sender<Option<Outcome>>,

@@ -121,7 +121,8 @@ impl Pod {
                 share_path: Path::new(&asked.id).join(paths::ROOTFS).display().to_string(),
                 ..Default::default()
             }),
-            no_pivot: asked.no_pivot,
+            // pivot_root(2) refuses to move an initramfs.
+            no_pivot: asked.no_pivot || self.config.initrd.is_some(),
             ..Default::default()
         };
         if let Err(e) = self.call(&up, up.agent.create_container(&request)).await {
