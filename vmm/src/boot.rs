@@ -10,14 +10,14 @@
 //! entry, because a deprivileged KVM interprets all other modes.
 
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::memory::{ECAM_SIZE, ECAM_START, Layout, MIB};
+use crate::memory::{ECAM_SIZE, ECAM_START, Layout, MIB, Target};
 
 const GDT: u64 = 0x500;
 const ZERO_PAGE: u64 = 0x7000;
@@ -96,7 +96,7 @@ pub enum Error {
         /// Which.
         path: PathBuf,
         /// The cause.
-        reason: vm_memory::GuestMemoryError,
+        reason: io::Error,
     },
     /// The command line.
     #[error("the kernel command line has {length} bytes; at most {COMMAND_LINE_MAX} are possible")]
@@ -143,57 +143,51 @@ pub struct Kernel {
     pub end: u64,
 }
 
-/// Copies the kernel `path` to where its ELF program headers say (System V ABI, "Program Header").
+impl Kernel {
+    /// Checks that RAM holds it.
+    ///
+    /// # Errors
+    /// [`Error::NoRoom`].
+    pub fn check(self, path: &Path, layout: &Layout) -> Result<Self, Error> {
+        if self.end > layout.low {
+            return Err(Error::NoRoom {
+                what: "kernel",
+                path: path.into(),
+                ram: layout.low / MIB,
+                needed: self.end.div_ceil(MIB),
+            });
+        }
+        Ok(self)
+    }
+}
+
+/// Copies the kernel `path` to where its ELF program headers say (System V ABI, "Program Header"),
+/// at most up to the end of `layout`'s RAM below 4 GiB; that may be larger than the RAM will be.
 ///
 /// # Errors
 /// Not a kernel, truncated, or RAM too small.
-pub fn load_kernel(
-    path: &Path,
-    memory: &GuestMemoryMmap,
-    layout: &Layout,
-) -> Result<Kernel, Error> {
+pub fn load_kernel(path: &Path, target: Target<'_>, layout: &Layout) -> Result<Kernel, Error> {
     let mut file = open("kernel", path)?;
     let (entry, segments) = read_elf(&mut file, path)?;
-    let mut end = 0;
+    // read_elf has checked that these sums do not overflow.
+    let ends = segments
+        .iter()
+        .map(|segment| segment.gpa + segment.memory_size);
+    let kernel = Kernel {
+        entry,
+        end: ends.max().unwrap_or(0),
+    };
+    let kernel = kernel.check(path, layout)?;
     for segment in &segments {
-        // read_elf has checked that this sum does not overflow.
-        end = end.max(segment.gpa + segment.memory_size);
+        target
+            .fill(&mut file, segment.offset, segment.file_size, segment.gpa)
+            .map_err(|reason| Error::Read {
+                what: "kernel",
+                path: path.into(),
+                reason,
+            })?;
     }
-    if end > layout.low {
-        return Err(Error::NoRoom {
-            what: "kernel",
-            path: path.into(),
-            ram: layout.low / MIB,
-            needed: end.div_ceil(MIB),
-        });
-    }
-    for segment in &segments {
-        read_into(
-            &mut file,
-            segment.offset,
-            segment.file_size,
-            memory,
-            segment.gpa,
-        )
-        .map_err(|reason| Error::Read {
-            what: "kernel",
-            path: path.into(),
-            reason,
-        })?;
-    }
-    Ok(Kernel { entry, end })
-}
-
-fn read_into(
-    file: &mut File,
-    offset: u64,
-    size: u64,
-    memory: &GuestMemoryMmap,
-    gpa: u64,
-) -> Result<(), vm_memory::GuestMemoryError> {
-    file.seek(SeekFrom::Start(offset))
-        .map_err(vm_memory::GuestMemoryError::IOError)?;
-    memory.read_exact_volatile_from(GuestAddress(gpa), file, size as usize)
+    Ok(kernel)
 }
 
 /// The entry and the PT_LOAD segments, all of them checked against the file and each other.
@@ -290,7 +284,7 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 /// RAM too small, or the file cannot be read.
 pub fn load_initrd(
     path: &Path,
-    memory: &GuestMemoryMmap,
+    target: Target<'_>,
     layout: &Layout,
     kernel: &Kernel,
 ) -> Result<(u64, u64), Error> {
@@ -306,11 +300,13 @@ pub fn load_initrd(
     if start < kernel.end {
         return Err(no_room());
     }
-    read_into(&mut file, 0, size, memory, start).map_err(|reason| Error::Read {
-        what: "initrd",
-        path: path.into(),
-        reason,
-    })?;
+    target
+        .fill(&mut file, 0, size, start)
+        .map_err(|reason| Error::Read {
+            what: "initrd",
+            path: path.into(),
+            reason,
+        })?;
     Ok((start, size))
 }
 

@@ -73,7 +73,7 @@ fn load(bytes: &[u8]) -> (Ram, Result<Kernel, Error>) {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     let ram = ram();
-    let loaded = load_kernel(file.path(), &ram.memory, &ram.layout);
+    let loaded = load_kernel(file.path(), ram.target(), &ram.layout);
     (ram, loaded)
 }
 
@@ -174,7 +174,7 @@ fn a_kernel_larger_than_ram_names_the_remedy() {
 fn a_missing_kernel_and_a_directory_are_named() {
     let ram = ram();
     for path in ["/nonexistent/vmlinux", "/tmp"] {
-        let error = load_kernel(Path::new(path), &ram.memory, &ram.layout).unwrap_err();
+        let error = load_kernel(Path::new(path), ram.target(), &ram.layout).unwrap_err();
         assert!(matches!(error, Error::Open { .. }));
         assert!(error.to_string().contains(path));
     }
@@ -189,7 +189,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
         entry: ENTRY,
         end: 0x200_0000,
     };
-    let (start, size) = load_initrd(file.path(), &ram.memory, &ram.layout, &kernel).unwrap();
+    let (start, size) = load_initrd(file.path(), ram.target(), &ram.layout, &kernel).unwrap();
     assert_eq!((start, size), (64 * MIB - 8192, 5000));
     assert_eq!(
         ram.memory
@@ -202,7 +202,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
         entry: ENTRY,
         end: 64 * MIB - 4096,
     };
-    let error = load_initrd(file.path(), &ram.memory, &ram.layout, &kernel).unwrap_err();
+    let error = load_initrd(file.path(), ram.target(), &ram.layout, &kernel).unwrap_err();
     assert!(matches!(error, Error::NoRoom { what: "initrd", .. }));
 }
 

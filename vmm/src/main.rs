@@ -31,7 +31,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
 use sepal_protocol::control::{Booted, Request, Response, receive, send};
-use sepal_protocol::vm::{ExitCause, KvmFlavour, VmSpec};
+use sepal_protocol::vm::{ExitCause, KernelSpec, KvmFlavour, VmSpec};
 use tracing::level_filters::LevelFilter;
 
 use crate::clock::Stages;
@@ -51,6 +51,12 @@ struct Args {
     /// Print what KVM this host has, as JSON
     #[arg(long, group = "mode")]
     probe: bool,
+    /// A kernel for KVM in hardware, to be loaded while waiting for the first request
+    #[arg(long, value_name = "FILE", requires = "control_fd")]
+    preload: Option<PathBuf>,
+    /// The same for a KVM that runs guests deprivileged
+    #[arg(long, value_name = "FILE", requires = "control_fd")]
+    preload_deprivileged: Option<PathBuf>,
     /// The pod's id, for those who read ps(1)
     #[arg(long, value_name = "ID")]
     pod: Option<String>,
@@ -75,7 +81,18 @@ fn main() -> ExitCode {
     seccomp::choose(args.seccomp);
 
     let end = match (args.control_fd, &args.spec) {
-        (Some(fd), _) => by_control_socket(fd, stages),
+        (Some(fd), _) => {
+            let hardware = args.preload;
+            let deprivileged = args.preload_deprivileged;
+            by_control_socket(
+                fd,
+                &KernelSpec {
+                    hardware,
+                    deprivileged,
+                },
+                stages,
+            )
+        }
         (None, Some(path)) => by_hand(path, stages),
         (None, None) => return probe(),
     };
@@ -83,12 +100,16 @@ fn main() -> ExitCode {
 }
 
 /// Runs the VM that the shim asks for.
-fn by_control_socket(fd: RawFd, mut stages: Stages) -> ExitCause {
+fn by_control_socket(fd: RawFd, kernels: &KernelSpec, mut stages: Stages) -> ExitCause {
     let Some(socket) = sys::inherited_fd(fd) else {
         return refuse(None, &anyhow!("--control-fd: descriptor {fd} is not open"));
     };
-    let prepared = Prepared::new();
+    let mut prepared = Prepared::new();
     stages.reached("kvm");
+    if let Ok(prepared) = &mut prepared {
+        prepared.preload(kernels);
+    }
+    stages.reached("waiting");
     let (spec, fds) = match receive::<Request>(&socket) {
         Ok((Request::Boot(spec), fds)) => (spec, fds),
         Ok(_) => return refuse(Some(&socket), &anyhow!("the first request must be to boot")),

@@ -13,15 +13,15 @@
 //! size of /dev/shm. The mappings live as long as the VM; [`crate::kvm::Machine`] keeps its own
 //! reference to each that KVM knows.
 
-use std::ffi::CString;
+use std::ffi::CStr;
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
 use sepal_protocol::vm::MemorySpec;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
@@ -72,10 +72,8 @@ pub enum Error {
         size: u64,
     },
     /// memfd_create(2) or ftruncate(2) failed.
-    #[error("cannot allocate {size} bytes of guest memory{}: {reason}", huge_hint(*.hugepages))]
+    #[error("cannot allocate guest memory{}: {reason}", huge_hint(*.hugepages))]
     Allocate {
-        /// Bytes asked for.
-        size: u64,
         /// Whether of huge pages.
         hugepages: bool,
         /// The kernel's answer.
@@ -145,6 +143,8 @@ pub struct Ram {
     pub layout: Layout,
     /// For KVM: the same mappings, with their addresses.
     pub regions: Vec<(u64, Arc<MmapRegion>)>,
+    file: Arc<File>,
+    hugepages: bool,
 }
 
 impl Ram {
@@ -152,15 +152,21 @@ impl Ram {
     ///
     /// # Errors
     /// A size that is not possible, or the host has no memory for it.
+    #[cfg(test)]
     pub fn new(spec: &MemorySpec) -> Result<Self, Error> {
+        Self::map(RamFile::new(spec.hugepages)?, spec)
+    }
+
+    /// Gives `file` its size for good and maps it; the host gives pages as they are touched.
+    ///
+    /// # Errors
+    /// A size that is not possible, or the host has no memory for it.
+    pub fn map(file: RamFile, spec: &MemorySpec) -> Result<Self, Error> {
         let layout = Layout::new(spec.size)?;
-        let (size, hugepages) = (spec.size, spec.hugepages);
-        let memfd = memfd("sepal-ram", size, hugepages).map_err(|reason| Error::Allocate {
-            size,
-            hugepages,
-            reason,
-        })?;
-        let memfd = Arc::new(File::from(memfd));
+        let (size, hugepages) = (spec.size, file.hugepages);
+        let fixed = fix_size(&file.file, size);
+        fixed.map_err(|reason| Error::Allocate { hugepages, reason })?;
+        let memfd = Arc::new(file.file);
 
         let mut regions = Vec::new();
         let mut mapped = Vec::new();
@@ -200,13 +206,79 @@ impl Ram {
             memory: Arc::new(memory),
             layout,
             regions,
+            file: memfd,
+            hugepages,
         })
+    }
+
+    /// Where to put what is loaded from files.
+    pub fn target(&self) -> Target<'_> {
+        if self.hugepages {
+            Target::Mapped(&self.memory)
+        } else {
+            Target::File(&self.file)
+        }
     }
 }
 
-/// A sealed-size memory file.
-fn memfd(name: &str, size: u64, hugepages: bool) -> io::Result<OwnedFd> {
-    let name = CString::new(name)?;
+/// The file that is RAM, before its size is known: what is put into it at an offset below 3 GiB
+/// will lie at that address.
+pub struct RamFile {
+    file: File,
+    hugepages: bool,
+}
+
+/// How to fill RAM from a file.
+#[derive(Clone, Copy)]
+pub enum Target<'a> {
+    /// By its own file: the kernel copies from file to file, without touching our mapping.
+    File(&'a File),
+    /// Through the mapping: files of huge pages cannot be written.
+    Mapped(&'a GuestMemoryMmap),
+}
+
+impl RamFile {
+    /// An empty one.
+    ///
+    /// # Errors
+    /// The host gives none.
+    pub fn new(hugepages: bool) -> Result<Self, Error> {
+        let file = memfd(c"sepal-ram", hugepages);
+        let file = file.map_err(|reason| Error::Allocate { hugepages, reason })?;
+        Ok(Self { file, hugepages })
+    }
+
+    /// Where to put what is known before the size is; not for huge pages.
+    pub fn target(&self) -> Target<'_> {
+        Target::File(&self.file)
+    }
+}
+
+impl Target<'_> {
+    /// Copies `size` bytes at `offset` of `source` to `gpa`, below 3 GiB.
+    ///
+    /// # Errors
+    /// Reading, writing, or the source ends too early.
+    pub fn fill(&self, source: &mut File, offset: u64, size: u64, gpa: u64) -> io::Result<()> {
+        source.seek(SeekFrom::Start(offset))?;
+        match *self {
+            Self::File(mut file) => {
+                file.seek(SeekFrom::Start(gpa))?;
+                // Between files the standard library lets the kernel copy.
+                let copied = io::copy(&mut (&*source).take(size), &mut file)?;
+                if copied < size {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                Ok(())
+            }
+            Self::Mapped(memory) => memory
+                .read_exact_volatile_from(GuestAddress(gpa), source, size as usize)
+                .map_err(io::Error::other),
+        }
+    }
+}
+
+fn memfd(name: &CStr, hugepages: bool) -> io::Result<File> {
     let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     if hugepages {
         flags |= libc::MFD_HUGETLB;
@@ -217,8 +289,10 @@ fn memfd(name: &str, size: u64, hugepages: bool) -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: memfd_create has just given us this descriptor and nobody else knows of it.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let file = File::from(fd);
+    Ok(File::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn fix_size(file: &File, size: u64) -> io::Result<()> {
     file.set_len(size)?;
     // A back end that shares this memory must not be able to shrink it below our feet: access
     // beyond its end would kill the VMM with SIGBUS.
@@ -227,7 +301,7 @@ fn memfd(name: &str, size: u64, hugepages: bool) -> io::Result<OwnedFd> {
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
         return Err(io::Error::last_os_error());
     }
-    Ok(file.into())
+    Ok(())
 }
 
 /// Advice is only advice: what the host does not know it ignores.
@@ -243,7 +317,7 @@ fn advise(region: &MmapRegion, advice: i32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::GuestMemoryBackend;
 
     fn spec(size: u64) -> MemorySpec {
         MemorySpec {

@@ -107,7 +107,7 @@ mod tests {
         let log = Log::new(None).unwrap();
         let serial = Serial::new(log.clone());
         serial.write(LINE_CONTROL, &[DIVISOR_LATCH]);
-        serial.write(DATA, &[b'?']);
+        serial.write(DATA, b"?");
         let mut divisor = [0];
         serial.read(DATA, &mut divisor);
         assert_eq!(divisor, [b'?']);

@@ -7,14 +7,14 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
 
 use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::CpuId;
 use sepal_protocol::ports::GUEST_CID;
-use sepal_protocol::vm::{BlkSpec, FdIndex, KvmFlavour, NetSpec, VmSpec};
+use sepal_protocol::vm::{BlkSpec, FdIndex, KernelSpec, KvmFlavour, NetSpec, VmSpec};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -24,7 +24,7 @@ use crate::clock::{self, Stages};
 use crate::exit::Exit;
 use crate::kvm::{self, Backing, Host, Machine, Vcpu};
 use crate::launcher::Launcher;
-use crate::memory::{Layout, MMIO64_SIZE, Ram};
+use crate::memory::{LOW_RAM_END, Layout, MMIO64_SIZE, Ram, RamFile};
 use crate::pci::virtio::VirtioPci;
 use crate::pci::{self, PciBus};
 use crate::platform::{EVENT_PIN, Platform};
@@ -51,8 +51,16 @@ pub struct Prepared {
     boot_cpu: Vcpu,
     cpuid: CpuId,
     max_cpus: usize,
+    preloaded: Option<Preloaded>,
     /// The KVM found.
     pub flavour: KvmFlavour,
+}
+
+/// A kernel that lies in RAM before the rest is known.
+struct Preloaded {
+    path: PathBuf,
+    kernel: Kernel,
+    ram: RamFile,
 }
 
 impl Prepared {
@@ -67,10 +75,28 @@ impl Prepared {
         Ok(Self {
             cpuid: host.supported_cpuid()?,
             max_cpus: host.max_vcpus(),
+            preloaded: None,
             flavour: boot_cpu.flavour(),
             machine: Arc::new(machine),
             boot_cpu,
         })
+    }
+}
+
+impl Prepared {
+    /// Loads the one of `kernels` that fits, so that it is there when the specification comes and
+    /// names the same. Whatever is wrong with it is told then.
+    pub fn preload(&mut self, kernels: &KernelSpec) {
+        let load = || -> Result<Preloaded> {
+            let path = kernel_for(kernels, self.flavour)?.to_owned();
+            let ram = RamFile::new(false)?;
+            let kernel = boot::load_kernel(&path, ram.target(), &Layout::new(LOW_RAM_END)?)?;
+            Ok(Preloaded { path, kernel, ram })
+        };
+        match load() {
+            Ok(preloaded) => self.preloaded = Some(preloaded),
+            Err(error) => tracing::debug!("kernel not loaded in advance: {error:#}"),
+        }
     }
 }
 
@@ -268,11 +294,17 @@ pub fn boot(
         boot_cpu,
         cpuid,
         flavour,
+        preloaded,
         ..
     } = prepared;
-    let kernel = kernel_for(spec, flavour)?;
+    let kernel = kernel_for(&spec.kernels, flavour)?;
 
-    let ram = Ram::new(&spec.memory)?;
+    let hugepages = spec.memory.hugepages;
+    let (file, preloaded) = match preloaded {
+        Some(ready) if ready.path == kernel && !hugepages => (ready.ram, Some(ready.kernel)),
+        _ => (RamFile::new(hugepages)?, None),
+    };
+    let ram = Ram::map(file, &spec.memory)?;
     for (gpa, region) in &ram.regions {
         machine.add_memory(*gpa, Backing::Ram(region.clone()))?;
     }
@@ -296,7 +328,7 @@ pub fn boot(
     // Loading the kernel is mostly copying; the devices mostly wait for the host's kernel.
     let (loaded, devices) = thread::scope(|scope| {
         let loader = scope.spawn(|| {
-            let loaded = load(kernel, spec, &ram);
+            let loaded = load(kernel, preloaded, spec, &ram);
             (loaded, clock::now())
         });
         let devices = add_devices(&mut builder, spec, fds, &log);
@@ -378,15 +410,15 @@ fn check(spec: &VmSpec, prepared: &Prepared) -> Result<()> {
 }
 
 /// The kernel that fits this KVM.
-fn kernel_for(spec: &VmSpec, flavour: KvmFlavour) -> Result<&Path> {
+fn kernel_for(kernels: &KernelSpec, flavour: KvmFlavour) -> Result<&Path> {
     let (kernel, remedy) = match flavour {
         KvmFlavour::Hardware => (
-            &spec.kernels.hardware,
+            &kernels.hardware,
             "KVM of this host runs guests in hardware and no kernel for that is configured; \
              install vmlinux and set `kernel` in the configuration",
         ),
         KvmFlavour::Deprivileged => (
-            &spec.kernels.deprivileged,
+            &kernels.deprivileged,
             "KVM of this host runs guests deprivileged and no kernel for that is configured; \
              install vmlinux-deprivileged and set `kernel_deprivileged` in the configuration",
         ),
@@ -394,11 +426,19 @@ fn kernel_for(spec: &VmSpec, flavour: KvmFlavour) -> Result<&Path> {
     kernel.as_deref().ok_or_else(|| anyhow!(remedy))
 }
 
-fn load(path: &Path, spec: &VmSpec, ram: &Ram) -> Result<(Kernel, Option<(u64, u64)>)> {
-    let kernel = boot::load_kernel(path, &ram.memory, &ram.layout)?;
+fn load(
+    path: &Path,
+    preloaded: Option<Kernel>,
+    spec: &VmSpec,
+    ram: &Ram,
+) -> Result<(Kernel, Option<(u64, u64)>)> {
+    let kernel = match preloaded {
+        Some(kernel) => kernel.check(path, &ram.layout)?,
+        None => boot::load_kernel(path, ram.target(), &ram.layout)?,
+    };
     let initrd = spec.initrd.as_deref();
     let initrd = initrd
-        .map(|path| boot::load_initrd(path, &ram.memory, &ram.layout, &kernel))
+        .map(|path| boot::load_initrd(path, ram.target(), &ram.layout, &kernel))
         .transpose()?;
     Ok((kernel, initrd))
 }

@@ -1,5 +1,6 @@
 //! Guests made on the spot: machine code as a kernel, or as PID 1 of a real one.
 
+use std::ffi::OsStr;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
@@ -63,6 +64,11 @@ pub fn linux() -> Option<PathBuf> {
 impl Vmm {
     /// Starts a VMM that waits for its first request.
     pub fn spawn() -> Self {
+        Self::spawn_with(&[])
+    }
+
+    /// The same with more arguments.
+    pub fn spawn_with(arguments: &[&OsStr]) -> Self {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -73,6 +79,7 @@ impl Vmm {
         let mut command = Command::new(env!("CARGO_BIN_EXE_sepal-vmm"));
         command
             .args(["--control-fd", "3", "--log", "info"])
+            .args(arguments)
             .stdin(Stdio::null());
         let fd = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe and its arguments are plain numbers.

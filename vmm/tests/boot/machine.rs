@@ -154,3 +154,25 @@ fn what_cannot_be_booted_is_named_with_its_remedy() {
     });
     assert!(message.contains("descriptor 3"), "{message}");
 }
+
+#[test]
+fn a_kernel_loaded_in_advance_is_used_only_if_it_is_the_one_asked_for() {
+    if !super::guest::kvm() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let powers_off = dir.path().join("powers-off");
+    std::fs::write(&powers_off, bare(&out(0x600, 0x34))).unwrap();
+    let reboots = dir.path().join("reboots");
+    std::fs::write(&reboots, bare(&out(0x602, 0x5a))).unwrap();
+    for (asked, end) in [
+        (&powers_off, ExitCause::PowerOff),
+        (&reboots, ExitCause::Reboot),
+    ] {
+        let flags = ["--preload", "--preload-deprivileged"].map(std::ffi::OsStr::new);
+        let path = powers_off.as_os_str();
+        let mut vmm = Vmm::spawn_with(&[flags[0], path, flags[1], path]);
+        vmm.boot(vmm.spec(asked.clone()));
+        assert_eq!(vmm.wait(), end);
+    }
+}
