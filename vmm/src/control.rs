@@ -6,7 +6,7 @@
 //! socket closes the VM ends: no VM outlives its shim.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -174,9 +174,9 @@ impl Control {
         };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         match accept4(listener.as_raw_fd(), flags) {
-            // SAFETY: accept4 has just made this descriptor and nobody else knows of it.
             Ok(fd) => {
-                let socket = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+                // SAFETY: accept4 has just made this descriptor and nobody else knows of it.
+                let socket = unsafe { OwnedFd::from_raw_fd(fd) };
                 self.clients.push(Client {
                     socket,
                     waits_for: None,

@@ -112,7 +112,7 @@ impl Layout {
     /// # Errors
     /// [`Error::Size`] outside of what the map has room for.
     pub fn new(size: u64) -> Result<Self, Error> {
-        if !(MIN_RAM..=MAX_RAM).contains(&size) || size % RAM_UNIT != 0 {
+        if !(MIN_RAM..=MAX_RAM).contains(&size) || !size.is_multiple_of(RAM_UNIT) {
             return Err(Error::Size { size });
         }
         let low = size.min(LOW_RAM_END);
