@@ -1,10 +1,10 @@
 //! virtio-vsock (virtio 1.2, section 5.10) onto Unix sockets, without any help of the host's kernel.
 //!
-//! * [`host`]: what a program on the host sees.
-//! * [`connection`]: one stream, its credit, its buffer and its end.
-//! * [`table`]: all streams.
-//! * [`muxer`]: the worker, between rings and streams.
-//! * [`packet`]: headers.
+//! * [`host`] is what a program on the host sees.
+//! * [`connection`] is one stream, its credit, its buffer and its end.
+//! * [`table`] has all streams.
+//! * [`muxer`] is the worker, between rings and streams.
+//! * [`packet`] has the headers.
 
 pub mod connection;
 pub mod host;
@@ -13,7 +13,11 @@ pub mod packet;
 pub mod table;
 
 #[cfg(test)]
+mod vsock_hostile_test;
+#[cfg(test)]
 mod vsock_test;
+#[cfg(test)]
+mod vsock_test_driver;
 
 use std::io;
 use std::os::unix::net::UnixListener;

@@ -75,7 +75,7 @@ impl<'m> Muxer<'m> {
     }
 
     /// Packets of the guest, a batch of them. True: there are more, and room for the answers.
-    fn from_guest(&mut self, waits: &Waits) -> Result<bool, DeviceError> {
+    fn take_packets(&mut self, waits: &Waits) -> Result<bool, DeviceError> {
         // Each packet may have to be answered by a RST.
         let room = self.table.room_for_resets();
         let limit = u16::try_from(room).unwrap_or(BATCH).min(BATCH);
@@ -102,7 +102,7 @@ impl<'m> Muxer<'m> {
     }
 
     /// Packets for the guest, a batch of them. True: there are more, and room for them.
-    fn to_guest(&mut self) -> Result<bool, DeviceError> {
+    fn give_packets(&mut self) -> Result<bool, DeviceError> {
         let mut sent = 0;
         let mut room = true;
         self.receive.disable_kicks()?;
@@ -262,12 +262,12 @@ impl Handler for Muxer<'_> {
     }
 
     fn turn(&mut self, waits: &Waits) -> Result<Next, DeviceError> {
-        let to_guest = self.to_guest()?;
-        let from_guest = self.from_guest(waits)?;
+        let more_to_give = self.give_packets()?;
+        let more_to_take = self.take_packets(waits)?;
         // Answers to what came: they would otherwise wait for an unrelated event.
-        let to_guest = to_guest || (self.table.has_packets() && self.to_guest()?);
+        let more_to_give = more_to_give || (self.table.has_packets() && self.give_packets()?);
         let deadline = self.listen(waits)?;
-        if to_guest || from_guest {
+        if more_to_give || more_to_take {
             return Ok(Next::Again);
         }
         Ok(deadline.map_or(Next::Wait, Next::At))
