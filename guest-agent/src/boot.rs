@@ -19,6 +19,8 @@ use sepal_protocol::ready::Stage;
 
 use crate::{cgroup, sys};
 
+/// include/uapi/linux/magic.h; libc does not have it.
+const RAMFS_MAGIC: i64 = 0x8584_58f6;
 /// Descriptors that a process may have: what Docker and containerd's units give.
 const OPEN_FILES: u64 = 1 << 20;
 
@@ -97,6 +99,7 @@ pub fn stage(name: &str) -> Stage {
 /// # Errors
 /// With the mount that failed: without it the guest is of no use.
 pub fn prepare() -> io::Result<()> {
+    leave_initramfs()?;
     for one in FIRST {
         make(one).map_err(|error| {
             io::Error::other(format!(
@@ -111,6 +114,23 @@ pub fn prepare() -> io::Result<()> {
     // The last to go when the guest runs out of memory; what it starts sets its own.
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     setrlimit(Resource::RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES)?;
+    Ok(())
+}
+
+/// Gives the guest a root that pivot_root(2) can change, where it has been booted from an initramfs:
+/// that is the kernel's first mount, and nothing can take its place.
+fn leave_initramfs() -> io::Result<()> {
+    let kind = nix::sys::statfs::statfs("/")?.filesystem_type();
+    if kind != nix::sys::statfs::TMPFS_MAGIC && i64::from(kind.0) != RAMFS_MAGIC {
+        return Ok(());
+    }
+    let (root, none) = ("/.root", None::<&str>);
+    fs::create_dir_all(root)?;
+    mount(Some("/"), root, none, MsFlags::MS_BIND, none)?;
+    nix::unistd::chdir(root)?;
+    mount(Some("."), "/", none, MsFlags::MS_MOVE, none)?;
+    nix::unistd::chroot(".")?;
+    nix::unistd::chdir("/")?;
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! Collects the exit of every process in the guest: the agent is PID 1, and orphans become its
+//! Signals to PID 1: collects the exit of every process in the guest: the agent is PID 1, and orphans become its
 //! children.
 //!
 //! One task, woken by SIGCHLD through a signalfd. An exit is never missed: a process that someone
@@ -12,12 +12,15 @@ use std::os::fd::AsFd;
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use tokio::io::Interest;
 use tokio::sync::oneshot;
 
 use crate::sys;
+
+/// The kernel's message to init that the power button was pressed: SIGRTMIN+4, which other init
+/// programs take for the same.
+const POWER_BUTTON: i32 = 38;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +59,13 @@ impl Reaper {
         receive
     }
 
-    /// Collects until the end of the agent.
+    /// Collects until the end of the agent. `power_button` is called when the guest is asked to
+    /// power off: by the VM's power button, or by a program of the guest.
     ///
     /// # Errors
-    /// When SIGCHLD cannot be received.
-    pub async fn run(&self) -> io::Result<()> {
-        let signals = SigSet::from(Signal::SIGCHLD);
+    /// When signals cannot be received.
+    pub async fn run(&self, power_button: impl Fn()) -> io::Result<()> {
+        let signals = sys::signal_set(&[libc::SIGCHLD, libc::SIGTERM, libc::SIGINT, POWER_BUTTON])?;
         signals.thread_block()?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
         let signals = SignalFd::with_flags(&signals, flags)?;
@@ -70,7 +74,11 @@ impl Reaper {
             // Children may have ended before the descriptor was there.
             self.collect();
             let mut ready = woken.readable().await?;
-            while let Ok(Some(_)) = signals.read_signal() {}
+            while let Ok(Some(signal)) = signals.read_signal() {
+                if signal.ssi_signo != libc::SIGCHLD as u32 {
+                    power_button();
+                }
+            }
             ready.clear_ready();
         }
     }

@@ -70,8 +70,15 @@ pub async fn serve(sockets: Sockets, listening: impl FnOnce()) -> anyhow::Result
         ));
     server.start().await?;
     listening();
+    let power_button = || {
+        let service = Arc::clone(&service);
+        tokio::spawn(async move {
+            service.shut_down().await;
+            service.end.notify_one();
+        });
+    };
     tokio::select! {
-        end = reaper.run() => end?,
+        end = reaper.run(power_button) => end?,
         end = streams.run(sockets.stdio) => end?,
         end = events.run() => end?,
         () = service.end.notified() => {}

@@ -336,6 +336,20 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(unsafe { AsyncFd::register_with_interest(fd, interest) }?)
 }
 
+/// A set of signals by their numbers; nix knows no real-time signals.
+///
+/// # Errors
+/// `EINVAL` for what is not a signal.
+pub fn signal_set(signals: &[i32]) -> io::Result<SigSet> {
+    let mut set = *SigSet::empty().as_ref();
+    for signal in signals {
+        // SAFETY: sigaddset(3) changes the set it is given, and refuses what is not a signal.
+        check(unsafe { libc::sigaddset(&raw mut set, *signal) })?;
+    }
+    // SAFETY: the set has been made by sigemptyset(3) and sigaddset(3).
+    Ok(unsafe { SigSet::from_sigset_t_unchecked(set) })
+}
+
 /// Sends a signal by number to one process; nix knows no real-time signals.
 ///
 /// # Errors
