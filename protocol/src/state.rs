@@ -121,7 +121,13 @@ mod tests {
     fn this_process_lives_and_an_older_one_with_its_pid_does_not() {
         let me = ProcessRef::of(std::process::id()).unwrap();
         assert!(me.alive());
-        assert!(!ProcessRef { start_time: me.start_time - 1, ..me }.alive());
+        assert!(
+            !ProcessRef {
+                start_time: me.start_time - 1,
+                ..me
+            }
+            .alive()
+        );
     }
 
     #[test]
@@ -141,7 +147,10 @@ mod tests {
             id: "t1".into(),
             bundle: "/b".into(),
             created_at: 7,
-            shim: ProcessRef { pid: 1, start_time: 2 },
+            shim: ProcessRef {
+                pid: 1,
+                start_time: 2,
+            },
             vmm: None,
             fs: None,
             vcpus: 1,

@@ -32,14 +32,20 @@ pub enum Error {
     #[error("the guest's agent was not ready within {seconds} s")]
     NotReady { seconds: u64 },
     #[error("the guest's agent: {what}: {source}")]
-    Connect { what: &'static str, source: std::io::Error },
+    Connect {
+        what: &'static str,
+        source: std::io::Error,
+    },
     #[error("the guest's agent announced itself with what is no announcement: {0}")]
     Announcement(serde_json::Error),
     #[error("the guest refused the connection to port {port}")]
     Refused { port: u32 },
     /// What the agent answers is told as it is: it names the cause.
     #[error("{}", message(.source))]
-    Call { call: &'static str, source: ttrpc::Error },
+    Call {
+        call: &'static str,
+        source: ttrpc::Error,
+    },
 }
 
 fn message(source: &ttrpc::Error) -> String {
@@ -53,7 +59,10 @@ impl Error {
     /// The agent's own code, if it has answered.
     pub fn code(&self) -> Option<ttrpc::Code> {
         match self {
-            Self::Call { source: ttrpc::Error::RpcStatus(status), .. } => Some(status.code()),
+            Self::Call {
+                source: ttrpc::Error::RpcStatus(status),
+                ..
+            } => Some(status.code()),
             _ => None,
         }
     }
@@ -78,7 +87,9 @@ pub async fn ready(listener: &UnixListener, limit: Duration) -> Result<AgentRead
     };
     tokio::time::timeout(limit, hear)
         .await
-        .map_err(|_| Error::NotReady { seconds: limit.as_secs() })?
+        .map_err(|_| Error::NotReady {
+            seconds: limit.as_secs(),
+        })?
 }
 
 /// Where guest-dialled `port` arrives.
@@ -91,10 +102,16 @@ pub fn host_socket(pod: &Path, port: u32) -> PathBuf {
 /// # Errors
 /// The VMM is gone, or nothing listens there.
 pub async fn dial(vsock: &Path, port: u32) -> Result<UnixStream, Error> {
-    let failed = |source| Error::Connect { what: "cannot connect", source };
+    let failed = |source| Error::Connect {
+        what: "cannot connect",
+        source,
+    };
     let connect = async {
         let mut stream = UnixStream::connect(vsock).await.map_err(failed)?;
-        stream.write_all(format!("CONNECT {port}\n").as_bytes()).await.map_err(failed)?;
+        stream
+            .write_all(format!("CONNECT {port}\n").as_bytes())
+            .await
+            .map_err(failed)?;
         // Byte by byte: what follows the line belongs to whoever uses the connection.
         let mut answer = Vec::new();
         while answer.last() != Some(&b'\n') {
@@ -111,7 +128,11 @@ pub async fn dial(vsock: &Path, port: u32) -> Result<UnixStream, Error> {
                 return Err(Error::Refused { port });
             }
         }
-        if answer.starts_with(b"OK ") { Ok(stream) } else { Err(Error::Refused { port }) }
+        if answer.starts_with(b"OK ") {
+            Ok(stream)
+        } else {
+            Err(Error::Refused { port })
+        }
     };
     tokio::time::timeout(CONNECT, connect)
         .await
@@ -154,7 +175,10 @@ impl Agent {
     pub async fn connect(vsock: &Path) -> Result<Self, Error> {
         let stream = dial(vsock, ports::AGENT).await?;
         let client = AgentClient::new(Client::new(Socket::new(stream)));
-        Ok(Self { client, vsock: vsock.into() })
+        Ok(Self {
+            client,
+            vsock: vsock.into(),
+        })
     }
 
     /// Opens a stream for a process's standard input or output; answers with its token.
@@ -162,7 +186,10 @@ impl Agent {
     /// # Errors
     /// As [`dial`].
     pub async fn stdio(&self) -> Result<(UnixStream, Vec<u8>), Error> {
-        let failed = |source| Error::Connect { what: "cannot open a stream", source };
+        let failed = |source| Error::Connect {
+            what: "cannot open a stream",
+            source,
+        };
         let mut token = [0_u8; ports::STDIO_TOKEN_LEN];
         std::fs::File::open("/dev/urandom")
             .and_then(|mut file| std::io::Read::read_exact(&mut file, &mut token))

@@ -29,7 +29,10 @@ async fn refusals_and_nonsense_are_errors() {
     for answer in [&b""[..], b"NO\n", b"OK 1", &[b'x'; 100]] {
         let (_dir, path) = vmm(answer).await;
         let error = dial(&path, ports::AGENT).await.unwrap_err();
-        assert!(matches!(error, Error::Refused { port: ports::AGENT }), "{error}");
+        assert!(
+            matches!(error, Error::Refused { port: ports::AGENT }),
+            "{error}"
+        );
     }
 }
 
@@ -38,7 +41,9 @@ async fn the_announcement_is_bounded_in_time_and_size() {
     let dir = tempfile::tempdir().unwrap();
     let path = host_socket(dir.path(), ports::READY);
     let listener = UnixListener::bind(&path).unwrap();
-    let late = ready(&listener, Duration::from_millis(20)).await.unwrap_err();
+    let late = ready(&listener, Duration::from_millis(20))
+        .await
+        .unwrap_err();
     assert!(matches!(late, Error::NotReady { .. }));
 
     let announce = |bytes: Vec<u8>| {
@@ -53,5 +58,11 @@ async fn the_announcement_is_bounded_in_time_and_size() {
     let long = ready(&listener, Duration::from_secs(5)).await.unwrap_err();
     assert!(matches!(long, Error::Announcement(_)), "{long}");
     announce(br#"{"version":"0.1.0","kernel":"6.12","stages":[]}"#.to_vec());
-    assert_eq!(ready(&listener, Duration::from_secs(5)).await.unwrap().kernel, "6.12");
+    assert_eq!(
+        ready(&listener, Duration::from_secs(5))
+            .await
+            .unwrap()
+            .kernel,
+        "6.12"
+    );
 }

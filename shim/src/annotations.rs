@@ -22,8 +22,14 @@ pub type Annotations = HashMap<String, String>;
 
 /// containerd's and CRI-O's names: type of container, id of the sandbox.
 const CRI: [(&str, &str); 2] = [
-    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
-    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+    (
+        "io.kubernetes.cri.container-type",
+        "io.kubernetes.cri.sandbox-id",
+    ),
+    (
+        "io.kubernetes.cri-o.ContainerType",
+        "io.kubernetes.cri-o.SandboxID",
+    ),
 ];
 
 /// What containerd's CRI plug-in sums up for the whole pod, on the sandbox.
@@ -47,7 +53,9 @@ impl Role {
                 Some("sandbox") => return Self::Sandbox,
                 Some("container") => {
                     if let Some(sandbox) = annotations.get(sandbox) {
-                        return Self::Member { sandbox: sandbox.clone() };
+                        return Self::Member {
+                            sandbox: sandbox.clone(),
+                        };
                     }
                 }
                 _ => {}
@@ -75,7 +83,9 @@ impl CriResources {
         Self {
             memory: number(CRI_MEMORY).filter(|v| *v > 0),
             quota: number(CRI_CPU_QUOTA).filter(|v| *v > 0),
-            period: number(CRI_CPU_PERIOD).and_then(|v| u64::try_from(v).ok()).filter(|v| *v > 0),
+            period: number(CRI_CPU_PERIOD)
+                .and_then(|v| u64::try_from(v).ok())
+                .filter(|v| *v > 0),
         }
     }
 }
@@ -99,16 +109,24 @@ mod tests {
     use super::*;
 
     fn annotations(pairs: &[(&str, &str)]) -> Annotations {
-        pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect()
+        pairs
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect()
     }
 
     #[test]
     fn both_cri_implementations_group_their_containers() {
         for (kind, sandbox) in CRI {
-            assert_eq!(Role::of(&annotations(&[(kind, "sandbox"), (sandbox, "s")])), Role::Sandbox);
+            assert_eq!(
+                Role::of(&annotations(&[(kind, "sandbox"), (sandbox, "s")])),
+                Role::Sandbox
+            );
             assert_eq!(
                 Role::of(&annotations(&[(kind, "container"), (sandbox, "s")])),
-                Role::Member { sandbox: "s".into() }
+                Role::Member {
+                    sandbox: "s".into()
+                }
             );
         }
         assert_eq!(Role::of(&annotations(&[("a", "sandbox")])), Role::Alone);
@@ -116,7 +134,11 @@ mod tests {
 
     #[test]
     fn absent_zero_and_negative_resources_are_no_limits() {
-        let none = annotations(&[(CRI_MEMORY, "0"), (CRI_CPU_QUOTA, "-1"), (CRI_CPU_PERIOD, "x")]);
+        let none = annotations(&[
+            (CRI_MEMORY, "0"),
+            (CRI_CPU_QUOTA, "-1"),
+            (CRI_CPU_PERIOD, "x"),
+        ]);
         assert_eq!(CriResources::of(&none), CriResources::default());
     }
 

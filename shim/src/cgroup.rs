@@ -14,7 +14,11 @@ pub enum Error {
     #[error("cgroup path {path:?} of the OCI spec: {reason}")]
     Path { path: String, reason: &'static str },
     #[error("cgroup {}: cannot {what}: {source}", .path.display())]
-    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
 }
 
 /// The cgroup of a pod.
@@ -42,17 +46,21 @@ pub struct Hierarchy {
 /// A path that leaves its root, or a slice's name that is none.
 pub fn directory(cgroups_path: Option<&Path>, pod: &str) -> Result<PathBuf, Error> {
     let path = cgroups_path.map(Path::to_string_lossy).unwrap_or_default();
-    let wrong = |reason| Error::Path { path: path.to_string(), reason };
+    let wrong = |reason| Error::Path {
+        path: path.to_string(),
+        reason,
+    };
     if path.is_empty() {
         return Ok(Path::new("sepal").join(pod));
     }
     let parts: Vec<_> = path.split(':').collect();
     if let [slice, prefix, name] = parts[..] {
-        let mut directory = expand_slice(slice).ok_or_else(|| {
-            wrong("must be slice:prefix:name with a slice like a-b.slice")
-        })?;
+        let mut directory = expand_slice(slice)
+            .ok_or_else(|| wrong("must be slice:prefix:name with a slice like a-b.slice"))?;
         if name.is_empty() || name.contains('/') || prefix.contains('/') {
-            return Err(wrong("must be slice:prefix:name with a plain prefix and name"));
+            return Err(wrong(
+                "must be slice:prefix:name with a plain prefix and name",
+            ));
         }
         let unit = if name.ends_with(".slice") {
             name.to_string()
@@ -65,7 +73,9 @@ pub fn directory(cgroups_path: Option<&Path>, pod: &str) -> Result<PathBuf, Erro
         return Ok(directory);
     }
     let relative = path.trim_start_matches('/');
-    let plain = Path::new(relative).components().all(|c| matches!(c, Component::Normal(_)));
+    let plain = Path::new(relative)
+        .components()
+        .all(|c| matches!(c, Component::Normal(_)));
     if relative.is_empty() || !plain {
         return Err(wrong("must name a directory below the cgroup root"));
     }
@@ -84,7 +94,10 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
     if name.split('-').any(str::is_empty) || name.contains('/') {
         return None;
     }
-    let ends = name.match_indices('-').map(|(at, _)| at).chain([name.len()]);
+    let ends = name
+        .match_indices('-')
+        .map(|(at, _)| at)
+        .chain([name.len()]);
     Some(ends.map(|end| format!("{}.slice", &name[..end])).collect())
 }
 
@@ -92,9 +105,13 @@ fn expand_slice(slice: &str) -> Option<PathBuf> {
 pub fn hierarchies(mountinfo: &str) -> Vec<Hierarchy> {
     let mut found: Vec<Hierarchy> = Vec::new();
     for line in mountinfo.lines() {
-        let Some((left, right)) = line.split_once(" - ") else { continue };
+        let Some((left, right)) = line.split_once(" - ") else {
+            continue;
+        };
         let mut fields = left.split(' ');
-        let (Some(root), Some(mount)) = (fields.nth(3), fields.next()) else { continue };
+        let (Some(root), Some(mount)) = (fields.nth(3), fields.next()) else {
+            continue;
+        };
         let v2 = match right.split(' ').next() {
             Some("cgroup") => false,
             Some("cgroup2") => true,
@@ -121,8 +138,10 @@ impl Cgroup {
     pub fn plan(cgroups_path: Option<&Path>, pod: &str) -> Result<Self, Error> {
         let relative = directory(cgroups_path, pod)?;
         let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let directories =
-            hierarchies(&mountinfo).into_iter().map(|h| h.mount.join(&relative)).collect();
+        let directories = hierarchies(&mountinfo)
+            .into_iter()
+            .map(|h| h.mount.join(&relative))
+            .collect();
         Ok(Self { directories })
     }
 
@@ -133,7 +152,11 @@ impl Cgroup {
     pub fn hold(&self, pids: &[u32]) -> Result<(), Error> {
         for directory in &self.directories {
             let io = |what| {
-                move |source| Error::Io { what, path: directory.clone(), source }
+                move |source| Error::Io {
+                    what,
+                    path: directory.clone(),
+                    source,
+                }
             };
             std::fs::create_dir_all(directory).map_err(io("make it"))?;
             inherit_cpuset(directory);
@@ -175,7 +198,10 @@ fn in_cgroup(directory: &Path, pid: &str) -> bool {
 
 fn hierarchy_root(directory: &Path) -> Option<PathBuf> {
     let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    hierarchies(&mountinfo).into_iter().map(|h| h.mount).find(|mount| directory.starts_with(mount))
+    hierarchies(&mountinfo)
+        .into_iter()
+        .map(|h| h.mount)
+        .find(|mount| directory.starts_with(mount))
 }
 
 /// The kernel removes a cgroup only once its last process has been reaped: shortly after its end.
@@ -204,15 +230,23 @@ fn remove_directory(directory: &Path) {
 /// A v2 cgroup has the controllers that its parents hand down. What cannot be had is left out: the
 /// pod is held all the same, only less of it is counted.
 fn enable_controllers(directory: &Path) {
-    let Some(root) = hierarchy_root(directory) else { return };
+    let Some(root) = hierarchy_root(directory) else {
+        return;
+    };
     if !root.join("cgroup.controllers").exists() {
         return;
     }
-    let parents: Vec<_> =
-        directory.ancestors().skip(1).take_while(|p| p.starts_with(&root)).collect();
+    let parents: Vec<_> = directory
+        .ancestors()
+        .skip(1)
+        .take_while(|p| p.starts_with(&root))
+        .collect();
     for parent in parents.into_iter().rev() {
         for controller in ["cpu", "memory", "pids", "io"] {
-            let _ = std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
+            let _ = std::fs::write(
+                parent.join("cgroup.subtree_control"),
+                format!("+{controller}"),
+            );
         }
     }
 }
@@ -225,7 +259,9 @@ fn inherit_cpuset(directory: &Path) {
         if !empty || directory.join("cgroup.controllers").exists() {
             continue;
         }
-        let Some(parent) = directory.parent() else { continue };
+        let Some(parent) = directory.parent() else {
+            continue;
+        };
         if std::fs::read_to_string(parent.join(file)).is_ok_and(|text| text.trim().is_empty()) {
             inherit_cpuset(parent);
         }
@@ -254,13 +290,24 @@ mod tests {
                  cri-containerd-xy.scope"
             )
         );
-        assert_eq!(path(":nerdctl:x").unwrap(), Path::new("system.slice/nerdctl-x.scope"));
+        assert_eq!(
+            path(":nerdctl:x").unwrap(),
+            Path::new("system.slice/nerdctl-x.scope")
+        );
         assert_eq!(path("-.slice:a:b").unwrap(), Path::new("a-b.scope"));
     }
 
     #[test]
     fn paths_that_leave_their_root_are_refused() {
-        for bad in ["/", "../x", "/a/../../b", "a--b.slice:x:y", "a:b:c", "a.slice:x:", "a.slice:x:../y"] {
+        for bad in [
+            "/",
+            "../x",
+            "/a/../../b",
+            "a--b.slice:x:y",
+            "a:b:c",
+            "a.slice:x:",
+            "a.slice:x:../y",
+        ] {
             assert!(path(bad).is_err(), "{bad}");
         }
     }
@@ -268,21 +315,30 @@ mod tests {
     #[test]
     fn hierarchies_are_found_in_both_versions() {
         let v2 = "30 23 0:26 / /sys/fs/cgroup rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n";
-        let unified = Hierarchy { mount: "/sys/fs/cgroup".into(), v2: true };
+        let unified = Hierarchy {
+            mount: "/sys/fs/cgroup".into(),
+            v2: true,
+        };
         assert_eq!(hierarchies(v2), [unified]);
         let v1 = "30 23 0:26 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
                   31 30 0:27 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
                   32 30 0:28 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n\
                   33 30 0:29 /sub /mnt/pids rw - cgroup cgroup rw,pids\n\
                   34 30 0:30 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n";
-        let memory = Hierarchy { mount: "/sys/fs/cgroup/memory".into(), v2: false };
+        let memory = Hierarchy {
+            mount: "/sys/fs/cgroup/memory".into(),
+            v2: false,
+        };
         assert_eq!(hierarchies(v1), [memory]);
     }
 
     #[test]
     #[ignore = "needs root"]
     fn a_process_is_held_and_the_directories_go() {
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .spawn()
+            .unwrap();
         let name = format!("/sepal/unit-test-{}", std::process::id());
         let cgroup = Cgroup::plan(Some(Path::new(&name)), "p").unwrap();
         cgroup.hold(&[child.id()]).unwrap();

@@ -22,7 +22,10 @@ pub async fn pod(directory: &Path) {
     let state = PodState::load(directory).ok();
     if let Some(state) = &state {
         // The shim first: the others die with it, and it must not start new ones.
-        for process in [Some(state.shim), state.vmm, state.fs].into_iter().flatten() {
+        for process in [Some(state.shim), state.vmm, state.fs]
+            .into_iter()
+            .flatten()
+        {
             if process.pid != std::process::id() {
                 kill(process).await;
             }
@@ -38,7 +41,10 @@ pub async fn pod(directory: &Path) {
     let cgroups = state.map(|s| s.cgroups).unwrap_or_default();
     let work = move || {
         Share::of(&directory).remove_all();
-        Cgroup { directories: cgroups }.remove();
+        Cgroup {
+            directories: cgroups,
+        }
+        .remove();
         remove_directory(&directory);
     };
     if let Err(e) = tokio::task::spawn_blocking(work).await {
@@ -65,14 +71,23 @@ pub fn remove_directory(directory: &Path) {
 }
 
 async fn kill(process: ProcessRef) {
-    let Ok(pidfd) = sys::pidfd_open(process.pid) else { return };
+    let Ok(pidfd) = sys::pidfd_open(process.pid) else {
+        return;
+    };
     // Checked with the descriptor open: now the pid cannot become another process.
     if !process.alive() || sys::pidfd_kill(&pidfd, Signal::SIGKILL).is_err() {
         return;
     }
-    let Ok(copy) = pidfd.as_fd().try_clone_to_owned() else { return };
-    let Ok(watched) = sys::watch(copy, Interest::READABLE) else { return };
-    if tokio::time::timeout(KILL, watched.readable()).await.is_err() {
+    let Ok(copy) = pidfd.as_fd().try_clone_to_owned() else {
+        return;
+    };
+    let Ok(watched) = sys::watch(copy, Interest::READABLE) else {
+        return;
+    };
+    if tokio::time::timeout(KILL, watched.readable())
+        .await
+        .is_err()
+    {
         tracing::error!(pid = process.pid, "does not die");
     }
 }
@@ -84,5 +99,9 @@ fn ours_in(cgroup: &Path) -> Vec<ProcessRef> {
         std::fs::read_to_string(format!("/proc/{pid}/comm"))
             .is_ok_and(|name| matches!(name.trim_end(), "sepal-vmm" | "sepal-fs"))
     };
-    text.lines().filter_map(|l| l.parse().ok()).filter(ours).filter_map(ProcessRef::of).collect()
+    text.lines()
+        .filter_map(|l| l.parse().ok())
+        .filter(ours)
+        .filter_map(ProcessRef::of)
+        .collect()
 }

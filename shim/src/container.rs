@@ -38,8 +38,13 @@ pub struct Exit {
 impl Exit {
     /// It ended just now.
     pub fn now(status: u32) -> Self {
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { status, at_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX) }
+        let since = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self {
+            status,
+            at_ns: u64::try_from(since.as_nanos()).unwrap_or(u64::MAX),
+        }
     }
 
     /// For an answer or an event.
@@ -121,7 +126,11 @@ impl Process {
 
     /// How containerd's events name it: an exec by its own id, init by the container's.
     pub fn event_id(&self) -> String {
-        if self.exec.is_empty() { self.container.clone() } else { self.exec.clone() }
+        if self.exec.is_empty() {
+            self.container.clone()
+        } else {
+            self.exec.clone()
+        }
     }
 
     /// How far it is.
@@ -238,10 +247,13 @@ impl Container {
         if exec.is_empty() {
             return Ok(self.init.clone());
         }
-        lock(&self.execs).get(exec).cloned().ok_or_else(|| Error::NoExec {
-            container: self.id.clone(),
-            exec: exec.into(),
-        })
+        lock(&self.execs)
+            .get(exec)
+            .cloned()
+            .ok_or_else(|| Error::NoExec {
+                container: self.id.clone(),
+                exec: exec.into(),
+            })
     }
 
     /// Adds an exec.
@@ -267,7 +279,10 @@ impl Container {
 
     /// How the agent knows it.
     pub fn agent_id(&self) -> agent::ContainerId {
-        agent::ContainerId { container_id: self.id.clone(), ..Default::default() }
+        agent::ContainerId {
+            container_id: self.id.clone(),
+            ..Default::default()
+        }
     }
 }
 
@@ -288,10 +303,16 @@ mod tests {
             async move { process.ended().await }
         });
         tokio::task::yield_now().await;
-        let exit = Exit { status: 3, at_ns: 1_500_000_000 };
+        let exit = Exit {
+            status: 3,
+            at_ns: 1_500_000_000,
+        };
         assert!(process.advance(Phase::Running));
         assert!(process.advance(Phase::Stopped(exit)));
-        assert!(!process.advance(Phase::Stopped(Exit::now(KILLED))), "the first exit stands");
+        assert!(
+            !process.advance(Phase::Stopped(Exit::now(KILLED))),
+            "the first exit stands"
+        );
         assert!(!process.advance(Phase::Running));
         assert_eq!(waiter.await.unwrap(), exit);
         let stamp = exit.timestamp();
@@ -312,7 +333,10 @@ mod tests {
         let container = Container::new("c1", PathBuf::new(), init, Hooks::default(), state);
         let exec = Process::new("c1", "e1", Wanted::default(), Vec::new());
         container.add_exec(exec.clone()).unwrap();
-        assert!(matches!(container.add_exec(exec), Err(Error::ExecExists { .. })));
+        assert!(matches!(
+            container.add_exec(exec),
+            Err(Error::ExecExists { .. })
+        ));
         assert_eq!(container.process("e1").unwrap().event_id(), "e1");
         assert_eq!(container.process("").unwrap().event_id(), "c1");
         container.remove_exec("e1");

@@ -22,7 +22,10 @@ pub enum Error {
     #[error("process already finished")]
     Finished,
     #[error("cannot {action} a process that is {state}")]
-    WrongState { action: &'static str, state: &'static str },
+    WrongState {
+        action: &'static str,
+        state: &'static str,
+    },
     #[error("the pod is being removed")]
     Removing,
     #[error("{what} is not supported by sepal")]
@@ -52,7 +55,11 @@ pub enum Error {
     #[error(transparent)]
     Stdio(#[from] stdio::Error),
     #[error("{what} {}: {source}", .path.display())]
-    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     /// The pod's start failed once; each later request is told the same.
     #[error("{0}")]
     Pod(std::sync::Arc<Error>),

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use containerd_shim::event::Event;
 use containerd_shim::util::convert_to_any;
-use containerd_shim_protos::protobuf::MessageDyn;
 use containerd_shim_protos::shim::event::Envelope;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, EventsClient};
@@ -37,11 +36,14 @@ impl Events {
     pub fn start(namespace: &str, address: String) -> Self {
         let (queue, receiver) = mpsc::unbounded_channel();
         tokio::spawn(forward(address, receiver));
-        Self { namespace: namespace.into(), queue }
+        Self {
+            namespace: namespace.into(),
+            queue,
+        }
     }
 
     /// Queues an event: events leave in the order of these calls, whichever task makes them.
-    pub fn publish(&self, event: impl Event + MessageDyn) {
+    pub fn publish(&self, event: impl Event) {
         let mut envelope = Envelope::new();
         envelope.set_topic(event.topic());
         envelope.set_namespace(self.namespace.clone());
@@ -111,7 +113,9 @@ async fn forward(address: String, mut receiver: mpsc::UnboundedReceiver<Item>) {
 async fn forward_one(address: &str, client: &mut Option<EventsClient>, event: &Envelope) -> bool {
     let connected = match client {
         Some(client) => client,
-        None => match Client::connect(&format!("unix://{}", address.trim_start_matches("unix://"))).await {
+        None => match Client::connect(&format!("unix://{}", address.trim_start_matches("unix://")))
+            .await
+        {
             Ok(connection) => client.insert(EventsClient::new(connection)),
             Err(e) => {
                 tracing::debug!("containerd is away: {e}");
@@ -122,7 +126,10 @@ async fn forward_one(address: &str, client: &mut Option<EventsClient>, event: &E
     let mut request = ForwardRequest::new();
     request.set_envelope(event.clone());
     let timeout = i64::try_from(TIMEOUT.as_nanos()).unwrap_or(i64::MAX);
-    match connected.forward(ttrpc::context::with_timeout(timeout), &request).await {
+    match connected
+        .forward(ttrpc::context::with_timeout(timeout), &request)
+        .await
+    {
         Ok(_) => true,
         Err(ttrpc::Error::RpcStatus(status)) => {
             tracing::warn!(topic = event.topic(), "event refused: {}", status.message());

@@ -20,7 +20,11 @@ const MAX_OUTPUT: usize = 2048;
 #[allow(missing_docs, reason = "each variant's text is its documentation")]
 pub enum Error {
     #[error("{stage} hook {}: {source}", .path.display())]
-    Run { stage: &'static str, path: PathBuf, source: std::io::Error },
+    Run {
+        stage: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{stage} hook {} failed ({status}): {output}", .path.display())]
     Failed {
         stage: &'static str,
@@ -29,7 +33,11 @@ pub enum Error {
         output: String,
     },
     #[error("{stage} hook {} did not end within {} s", .path.display(), .limit.as_secs())]
-    Timeout { stage: &'static str, path: PathBuf, limit: Duration },
+    Timeout {
+        stage: &'static str,
+        path: PathBuf,
+        limit: Duration,
+    },
 }
 
 /// The container's state as hooks get it on their standard input (runtime-spec 1.2, state).
@@ -65,7 +73,11 @@ pub async fn run(stage: &'static str, hooks: &[Hook], state: &State) -> Result<(
 
 async fn run_one(stage: &'static str, hook: &Hook, state: &State) -> Result<(), Error> {
     let path: &Path = hook.path();
-    let failed = |source| Error::Run { stage, path: path.into(), source };
+    let failed = |source| Error::Run {
+        stage,
+        path: path.into(),
+        source,
+    };
     let mut command = Command::new(path);
     if let Some((name, arguments)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(arguments);
@@ -95,7 +107,13 @@ async fn run_one(stage: &'static str, hook: &Hook, state: &State) -> Result<(), 
     };
     let both = async { tokio::join!(feed, child.wait_with_output()).1 };
     let output = match tokio::time::timeout(limit, both).await {
-        Err(_) => return Err(Error::Timeout { stage, path: path.into(), limit }),
+        Err(_) => {
+            return Err(Error::Timeout {
+                stage,
+                path: path.into(),
+                limit,
+            });
+        }
         Ok(output) => output.map_err(failed)?,
     };
     if output.status.success() {
@@ -104,8 +122,15 @@ async fn run_one(stage: &'static str, hook: &Hook, state: &State) -> Result<(), 
     let mut text = output.stderr;
     text.extend_from_slice(&output.stdout);
     let start = text.len().saturating_sub(MAX_OUTPUT);
-    let output_text = String::from_utf8_lossy(&text[start..]).trim().replace('\n', "; ");
-    Err(Error::Failed { stage, path: path.into(), status: output.status, output: output_text })
+    let output_text = String::from_utf8_lossy(&text[start..])
+        .trim()
+        .replace('\n', "; ");
+    Err(Error::Failed {
+        stage,
+        path: path.into(),
+        status: output.status,
+        output: output_text,
+    })
 }
 
 #[cfg(test)]
@@ -136,7 +161,9 @@ mod tests {
     #[tokio::test]
     async fn a_hook_gets_the_state_on_its_input() {
         let dir = tempfile::tempdir().unwrap();
-        run("createRuntime", &[shell("cat > got")], &state(dir.path())).await.unwrap();
+        run("createRuntime", &[shell("cat > got")], &state(dir.path()))
+            .await
+            .unwrap();
         let got: serde_json::Value =
             serde_json::from_slice(&std::fs::read(dir.path().join("got")).unwrap()).unwrap();
         assert_eq!(got["pid"], 7);
@@ -148,7 +175,9 @@ mod tests {
     async fn a_failing_hook_is_told_with_its_words() {
         let dir = tempfile::tempdir().unwrap();
         let hooks = [shell("echo no network >&2; exit 3"), shell("touch never")];
-        let error = run("createRuntime", &hooks, &state(dir.path())).await.unwrap_err();
+        let error = run("createRuntime", &hooks, &state(dir.path()))
+            .await
+            .unwrap_err();
         let text = error.to_string();
         assert!(text.contains("createRuntime hook /bin/sh failed"), "{text}");
         assert!(text.ends_with("no network"), "{text}");
@@ -160,7 +189,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut hook = shell("sleep 100");
         hook.set_timeout(Some(1));
-        let error = run("prestart", &[hook], &state(dir.path())).await.unwrap_err();
+        let error = run("prestart", &[hook], &state(dir.path()))
+            .await
+            .unwrap_err();
         assert!(matches!(error, Error::Timeout { .. }), "{error}");
     }
 }

@@ -1,15 +1,16 @@
 //! The shim: containerd's runtime v2 service for pods that are virtual machines.
 //!
-//! Read in this order: [`task`] (RPC in, event out), [`service`] (what is done for a container),
-//! [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`spec`], [`size`] and
-//! [`network::mirror`] are pure; [`rootfs`], [`network`], [`cgroup`], [`hooks`] and [`stdio`] touch
-//! the host; [`cleanup`] undoes what they do, also after a crash.
+//! Read in this order: [`task`] (RPC in, event out), [`creation`] and [`service`] (what is done for
+//! a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`spec`],
+//! [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`], [`cgroup`], [`hooks`] and
+//! [`stdio`] touch the host; [`cleanup`] undoes what they do, also after a crash.
 
 pub mod agent;
 pub mod annotations;
 pub mod cgroup;
 pub mod cleanup;
 pub mod container;
+pub mod creation;
 pub mod error;
 pub mod events;
 pub mod hooks;

@@ -39,7 +39,10 @@ pub fn init(bundle: &Path, level: LogLevel) {
         LogLevel::Debug => LevelFilter::DEBUG,
         LogLevel::Trace => LevelFilter::TRACE,
     };
-    let format = tracing_subscriber::fmt().with_ansi(false).with_target(false).with_max_level(level);
+    let format = tracing_subscriber::fmt()
+        .with_ansi(false)
+        .with_target(false)
+        .with_max_level(level);
     // Set once per process; a second time, in tests, is of no consequence.
     let _ = match fifo {
         Ok(file) => format.with_writer(Mutex::new(Fifo(file))).try_init(),

@@ -42,13 +42,19 @@ impl Logger {
         container: &str,
     ) -> Result<(Self, OwnedFd, OwnedFd), Error> {
         let (path, arguments) = parse(uri);
-        let failed = |source| Error::Logger { program: path.clone(), source };
+        let failed = |source| Error::Logger {
+            program: path.clone(),
+            source,
+        };
         let (out_read, out) = pipe_for_output().map_err(failed)?;
         let (err_read, err) = pipe_for_output().map_err(failed)?;
         let flags = nix::fcntl::OFlag::O_CLOEXEC;
         let (ready, ready_write) = nix::unistd::pipe2(flags).map_err(|e| failed(e.into()))?;
-        nix::fcntl::fcntl(&ready, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-            .map_err(|e| failed(e.into()))?;
+        nix::fcntl::fcntl(
+            &ready,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )
+        .map_err(|e| failed(e.into()))?;
         let mut command = Command::new(&path);
         command
             .args(arguments)
@@ -81,18 +87,26 @@ impl Logger {
     /// Waits a little for the program's end; one that hangs is killed behind the caller's back.
     pub async fn end(self) {
         let wait = tokio::spawn(async move {
-            if tokio::time::timeout(END, vm::wait(&self.pidfd)).await.is_ok() {
+            if tokio::time::timeout(END, vm::wait(&self.pidfd))
+                .await
+                .is_ok()
+            {
                 return;
             }
             for signal in [Signal::SIGTERM, Signal::SIGKILL] {
                 let _ = sys::pidfd_kill(&self.pidfd, signal);
-                if tokio::time::timeout(PATIENCE, vm::wait(&self.pidfd)).await.is_ok() {
+                if tokio::time::timeout(PATIENCE, vm::wait(&self.pidfd))
+                    .await
+                    .is_ok()
+                {
                     return;
                 }
             }
         });
-        let _: Result<_, io::Error> =
-            tokio::time::timeout(PATIENCE, wait).await.map_err(io::Error::from).map(|_| ());
+        let _: Result<_, io::Error> = tokio::time::timeout(PATIENCE, wait)
+            .await
+            .map_err(io::Error::from)
+            .map(|_| ());
     }
 }
 

@@ -37,17 +37,29 @@ const INGRESS: u32 = 0xffff_0000;
 #[allow(missing_docs, reason = "each variant's text is its documentation")]
 pub enum Error {
     #[error("network namespace {}: {source}", .path.display())]
-    Namespace { path: PathBuf, source: std::io::Error },
+    Namespace {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("the pod's network: cannot {what}: {source}")]
-    Netlink { what: &'static str, source: rtnetlink::Error },
+    Netlink {
+        what: &'static str,
+        source: rtnetlink::Error,
+    },
     #[error("the pod's network: cannot {what}: {source}")]
-    Io { what: &'static str, source: std::io::Error },
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
     #[error(
         "interface {name}: traffic is redirected already; one network namespace serves one pod \
          and cannot be shared between virtual machines"
     )]
     Taken { name: String },
-    #[error("the pod has {count} network interfaces: at most {} are supported", MAX_INTERFACES)]
+    #[error(
+        "the pod has {count} network interfaces: at most {} are supported",
+        MAX_INTERFACES
+    )]
     TooMany { count: usize },
 }
 
@@ -90,12 +102,19 @@ pub fn set_up(netns: BorrowedFd<'_>) -> Result<(Vec<Nic>, agent::Network), Error
             tokio::spawn(connection);
             let mirror = scan(&handle).await?;
             if mirror.links.len() > MAX_INTERFACES {
-                return Err(Error::TooMany { count: mirror.links.len() });
+                return Err(Error::TooMany {
+                    count: mirror.links.len(),
+                });
             }
             let mut nics = Vec::new();
             for (number, (index, name, mac, mtu)) in mirror.links.into_iter().enumerate() {
                 let tap = attach_tap(&handle, number, index, &name, mtu).await?;
-                nics.push(Nic { name, mac, mtu, tap });
+                nics.push(Nic {
+                    name,
+                    mac,
+                    mtu,
+                    tap,
+                });
             }
             Ok((nics, mirror.network))
         })
@@ -108,14 +127,24 @@ fn netlink(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> Error {
 }
 
 async fn scan(handle: &Handle) -> Result<Mirror, Error> {
-    let links: Vec<_> =
-        handle.link().get().execute().try_collect().await.map_err(netlink("list interfaces"))?;
+    let links: Vec<_> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(netlink("list interfaces"))?;
     // Most often there is only the loopback: nothing more to ask.
     if !links.iter().any(|l| ethernet(l).is_some()) {
         return Ok(Mirror::default());
     }
-    let addresses: Vec<_> =
-        handle.address().get().execute().try_collect().await.map_err(netlink("list addresses"))?;
+    let addresses: Vec<_> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(netlink("list addresses"))?;
     let mut routes = Vec::new();
     for query in [
         RouteMessageBuilder::<std::net::Ipv4Addr>::new().build(),
@@ -146,12 +175,25 @@ async fn attach_tap(
     let tap_name = format!("sepal{number}");
     let tap = sys::open_tap(&tap_name).map_err(|source| match source.raw_os_error() {
         Some(libc::EBUSY) => Error::Taken { name: name.into() },
-        _ => Error::Io { what: "make a tap (is the kernel's module tun loaded?)", source },
+        _ => Error::Io {
+            what: "make a tap (is the kernel's module tun loaded?)",
+            source,
+        },
     })?;
-    let tap_index = nix::net::if_::if_nametoindex(tap_name.as_str())
-        .map_err(|e| Error::Io { what: "find the tap", source: e.into() })?;
-    let up = LinkUnspec::new_with_index(tap_index).mtu(mtu.into()).up().build();
-    handle.link().set(up).execute().await.map_err(netlink("bring the tap up"))?;
+    let tap_index = nix::net::if_::if_nametoindex(tap_name.as_str()).map_err(|e| Error::Io {
+        what: "find the tap",
+        source: e.into(),
+    })?;
+    let up = LinkUnspec::new_with_index(tap_index)
+        .mtu(mtu.into())
+        .up()
+        .build();
+    handle
+        .link()
+        .set(up)
+        .execute()
+        .await
+        .map_err(netlink("bring the tap up"))?;
     for (from, to) in [(index, tap_index), (tap_index, index)] {
         let from = i32::try_from(from).unwrap_or(i32::MAX);
         let added = handle.qdisc().add(from).ingress().execute().await;
@@ -160,7 +202,9 @@ async fn attach_tap(
         {
             return Err(Error::Taken { name: name.into() });
         }
-        added.map_err(netlink("add an ingress qdisc (is the kernel's module sch_ingress loaded?)"))?;
+        added.map_err(netlink(
+            "add an ingress qdisc (is the kernel's module sch_ingress loaded?)",
+        ))?;
         handle
             .traffic_filter(from)
             .add()
@@ -208,7 +252,9 @@ pub fn mirror(
 ) -> Mirror {
     let mut mirror = Mirror::default();
     for link in links {
-        let Some((name, mac, mtu)) = ethernet(link) else { continue };
+        let Some((name, mac, mtu)) = ethernet(link) else {
+            continue;
+        };
         let index = link.header.index;
         let of_this = addresses.iter().filter(|a| a.header.index == index);
         mirror.network.interfaces.push(agent::Interface {
@@ -222,13 +268,19 @@ pub fn mirror(
     }
     mirror.links.sort();
     let name_of = |index: u32| {
-        mirror.links.iter().find(|(i, ..)| *i == index).map(|(_, name, ..)| name.clone())
+        mirror
+            .links
+            .iter()
+            .find(|(i, ..)| *i == index)
+            .map(|(_, name, ..)| name.clone())
     };
     mirror.network.routes = routes.iter().filter_map(|r| route(r, &name_of)).collect();
     // A route on link must be there before one that goes through a gateway behind it.
     mirror.network.routes.sort_by_key(|r| !r.gateway.is_empty());
-    mirror.network.neighbours =
-        neighbours.iter().filter_map(|n| neighbour(n, &name_of)).collect();
+    mirror.network.neighbours = neighbours
+        .iter()
+        .filter_map(|n| neighbour(n, &name_of))
+        .collect();
     mirror
 }
 
@@ -266,7 +318,10 @@ fn octets(ip: std::net::IpAddr) -> Vec<u8> {
 
 fn route(message: &RouteMessage, name_of: &dyn Fn(u32) -> Option<String>) -> Option<agent::Route> {
     let header = &message.header;
-    let by_kernel = matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::IcmpRedirect);
+    let by_kernel = matches!(
+        header.protocol,
+        RouteProtocol::Kernel | RouteProtocol::IcmpRedirect
+    );
     if header.kind != RouteType::Unicast || by_kernel || header.flags.contains(RouteFlags::Cloned) {
         return None;
     }

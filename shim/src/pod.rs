@@ -111,14 +111,19 @@ impl Pod {
             .mode(0o711)
             .create(&directory)
             .map_err(Error::io("make the pod's directory", &directory))?;
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let me = std::process::id();
         let record = PodState {
             namespace: identity.namespace.clone(),
             id: identity.id.clone(),
             bundle: identity.bundle.clone(),
             created_at: now.as_secs(),
-            shim: ProcessRef::of(me).unwrap_or(ProcessRef { pid: me, start_time: 0 }),
+            shim: ProcessRef::of(me).unwrap_or(ProcessRef {
+                pid: me,
+                start_time: 0,
+            }),
             vmm: None,
             fs: None,
             vcpus: 0,
@@ -127,7 +132,9 @@ impl Pod {
             containers: Vec::new(),
         };
         // Before anything exists that would have to be removed.
-        record.save(&directory).map_err(Error::io("write the state into", &directory))?;
+        record
+            .save(&directory)
+            .map_err(Error::io("write the state into", &directory))?;
         let share = match Share::create(&directory) {
             Ok(share) => share,
             Err(e) => {
@@ -196,7 +203,9 @@ impl Pod {
         let size = Size::plan(&annotations, resources, config, host_cpus())?;
         let wanted_network = spec::network(&spec)?;
         let cgroup = Cgroup::plan(
-            spec.linux().as_ref().and_then(|l| l.cgroups_path().as_deref()),
+            spec.linux()
+                .as_ref()
+                .and_then(|l| l.cgroups_path().as_deref()),
             &self.name,
         )?;
         self.record(|record| {
@@ -208,7 +217,9 @@ impl Pod {
             spec::Network::New => None,
             spec::Network::Join(path) => Some(open_netns(path)?),
         };
-        let netns = joined.as_ref().map_or(Netns::New, |fd| Netns::Join(fd.as_fd()));
+        let netns = joined
+            .as_ref()
+            .map_or(Netns::New, |fd| Netns::Join(fd.as_fd()));
         let vm = Arc::new(Vm::spawn(config, &self.name, &self.directory, netns)?);
         let _ = self.vm.set(vm.clone());
         self.timeline.note("vmm-spawned");
@@ -217,13 +228,18 @@ impl Pod {
             record.fs = ProcessRef::of(vm.fs_pid);
         });
         let _ = self.cgroup.set(cgroup.clone());
-        let oom_score = spec.process().as_ref().and_then(Process::oom_score_adj).unwrap_or(0);
+        let oom_score = spec
+            .process()
+            .as_ref()
+            .and_then(Process::oom_score_adj)
+            .unwrap_or(0);
         set_oom_score(&[vm.vmm_pid, vm.fs_pid], oom_score);
         let pids = [std::process::id(), vm.vmm_pid, vm.fs_pid];
         let held = tokio::task::spawn_blocking(move || cgroup.hold(&pids));
         let agent = self.boot(&vm, &mut spec, &size, &role, joined).await;
         // In any case before the cgroup might be removed again.
-        held.await.map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
+        held.await
+            .map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
         Ok(Arc::new(Up { vm, agent: agent? }))
     }
 
@@ -273,8 +289,13 @@ impl Pod {
 
     fn note_guest(&self, announced: &AgentReady) {
         for stage in &announced.stages {
-            let name: String = stage.name.chars().filter(|c| c.is_ascii_graphic()).collect();
-            self.timeline.note_at(&format!("guest:{name}"), stage.boottime_us);
+            let name: String = stage
+                .name
+                .chars()
+                .filter(|c| c.is_ascii_graphic())
+                .collect();
+            self.timeline
+                .note_at(&format!("guest:{name}"), stage.boottime_us);
         }
     }
 
@@ -308,7 +329,9 @@ impl Pod {
         };
         match outcome {
             Some(Ok(up)) => match up.vm.gone() {
-                Some(reason) => Err(Error::VmGone { reason: reason.to_string() }),
+                Some(reason) => Err(Error::VmGone {
+                    reason: reason.to_string(),
+                }),
                 None => Ok(up),
             },
             Some(Err(error)) => Err(Error::Pod(error)),
@@ -329,7 +352,13 @@ impl Pod {
         }
         self.removing.store(true, Ordering::Relaxed);
         // A VM on its way up is not interrupted half-way: it would be forgotten.
-        let up = self.up.subscribe().wait_for(Option::is_some).await.ok().and_then(|o| o.clone());
+        let up = self
+            .up
+            .subscribe()
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|o| o.clone());
         if let Some(Ok(up)) = up
             && up.vm.gone().is_none()
         {
@@ -373,14 +402,20 @@ pub async fn run_creation_hooks(hooks: &Hooks, state: &hooks::State) -> Result<(
     #[allow(deprecated, reason = "prestart hooks are old, not gone")]
     let prestart = hooks.prestart().as_deref().unwrap_or_default();
     hooks::run("prestart", prestart, state).await?;
-    hooks::run("createRuntime", hooks.create_runtime().as_deref().unwrap_or_default(), state)
-        .await?;
+    hooks::run(
+        "createRuntime",
+        hooks.create_runtime().as_deref().unwrap_or_default(),
+        state,
+    )
+    .await?;
     Ok(())
 }
 
 fn open_netns(path: &Path) -> Result<OwnedFd> {
-    let file = std::fs::File::open(path)
-        .map_err(|source| network::Error::Namespace { path: path.into(), source })?;
+    let file = std::fs::File::open(path).map_err(|source| network::Error::Namespace {
+        path: path.into(),
+        source,
+    })?;
     Ok(file.into())
 }
 
@@ -405,19 +440,28 @@ fn set_up_request(
     role: &Role,
     network: messages::Network,
 ) -> SetUpPodRequest {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     let clock = messages::Clock {
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         ..Default::default()
     };
-    let sysctls = spec.linux().as_ref().and_then(|l| l.sysctl().clone()).unwrap_or_default();
+    let sysctls = spec
+        .linux()
+        .as_ref()
+        .and_then(|l| l.sysctl().clone())
+        .unwrap_or_default();
     SetUpPodRequest {
         pod_id: pod_id.into(),
         hostname: spec.hostname().clone().unwrap_or_default(),
         network: network::field(&network),
         clock: protobuf::MessageField::some(clock),
         // The network namespace is the VM's own; other parameters belong to the container's.
-        sysctls: sysctls.into_iter().filter(|(name, _)| name.starts_with("net.")).collect(),
+        sysctls: sysctls
+            .into_iter()
+            .filter(|(name, _)| name.starts_with("net."))
+            .collect(),
         shm_size: spec::shm_size(spec, role),
         ..Default::default()
     }

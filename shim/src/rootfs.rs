@@ -24,13 +24,24 @@ use crate::sys::{self, BindOptions};
 #[allow(missing_docs, reason = "each variant's text is its documentation")]
 pub enum Error {
     #[error("cannot {what} {}: {source}", .path.display())]
-    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("root file system: cannot mount {kind} from {from}: {reason}")]
-    Rootfs { kind: String, from: String, reason: String },
+    Rootfs {
+        kind: String,
+        from: String,
+        reason: String,
+    },
     #[error("root file system: containerd gave no mounts and the bundle has no rootfs directory")]
     None,
     #[error("volume {}: cannot mount it into the pod: {source}", .source_path.display())]
-    Volume { source_path: PathBuf, source: std::io::Error },
+    Volume {
+        source_path: PathBuf,
+        source: std::io::Error,
+    },
 }
 
 /// One of containerd's mounts (containerd.types.Mount).
@@ -71,14 +82,22 @@ impl Share {
         let options = BindOptions::default();
         sys::bind(&share.root, &share.root, options).map_err(io("mount", &share.root))?;
         let shared = MsFlags::MS_SHARED;
-        mount(None::<&str>, &share.root, None::<&str>, shared, None::<&str>)
-            .map_err(|e| io("share", &share.root)(e.into()))?;
+        mount(
+            None::<&str>,
+            &share.root,
+            None::<&str>,
+            shared,
+            None::<&str>,
+        )
+        .map_err(|e| io("share", &share.root)(e.into()))?;
         Ok(share)
     }
 
     /// The share that a pod's directory has or had.
     pub fn of(pod: &Path) -> Self {
-        Self { root: pod.join(paths::pod::SHARE) }
+        Self {
+            root: pod.join(paths::pod::SHARE),
+        }
     }
 
     /// Where it is on the host.
@@ -119,7 +138,10 @@ impl Share {
             if !own.is_dir() {
                 return Err(Error::None);
             }
-            let options = BindOptions { recursive: true, ..BindOptions::default() };
+            let options = BindOptions {
+                recursive: true,
+                ..BindOptions::default()
+            };
             sys::bind(&own, &rootfs, options).map_err(io("mount", &own))?;
         }
         for entry in mounts {
@@ -133,8 +155,10 @@ impl Share {
                 make_directory(&directory.join(paths::MOUNTS))?;
                 File::create(&target).map_err(io("make", &target))?;
             }
-            sys::bind(&bind.source, &target, bind.options)
-                .map_err(|source| Error::Volume { source_path: bind.source.clone(), source })?;
+            sys::bind(&bind.source, &target, bind.options).map_err(|source| Error::Volume {
+                source_path: bind.source.clone(),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -154,7 +178,11 @@ impl Share {
 
     /// Removes all that is left of the share.
     pub fn remove_all(&self) {
-        for entry in std::fs::read_dir(&self.root).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(&self.root)
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             if let Some(name) = entry.file_name().to_str() {
                 self.remove(name);
             }
@@ -167,7 +195,9 @@ impl Share {
 /// Removes an empty directory or an empty file. A mount point that is in use stays (EBUSY), and so
 /// does whatever is not empty.
 fn remove_mount_point(path: &Path) {
-    let Ok(metadata) = path.symlink_metadata() else { return };
+    let Ok(metadata) = path.symlink_metadata() else {
+        return;
+    };
     let removed = if metadata.is_dir() {
         std::fs::remove_dir(path)
     } else if metadata.is_file() && metadata.len() == 0 {
@@ -205,7 +235,11 @@ pub fn unmount_below(path: &Path) {
 /// Mount points at or below a path in a mountinfo, in the order they were mounted.
 fn mount_points_below(mountinfo: &str, path: &Path) -> Vec<PathBuf> {
     let point = |line: &str| line.split(' ').nth(4).map(unescape);
-    mountinfo.lines().filter_map(point).filter(|p| p.starts_with(path)).collect()
+    mountinfo
+        .lines()
+        .filter_map(point)
+        .filter(|p| p.starts_with(path))
+        .collect()
 }
 
 /// Space, tab, newline and backslash are octal in mountinfo, proc_pid_mountinfo(5).
@@ -325,24 +359,46 @@ mod tests {
         std::fs::write(volume.path().join("precious"), "x").unwrap();
         let file = volume.path().join("precious");
         let share = Share::create(pod.path()).unwrap();
-        let read_only = BindOptions { read_only: true, ..BindOptions::default() };
+        let read_only = BindOptions {
+            read_only: true,
+            ..BindOptions::default()
+        };
         let binds = [
-            Bind { source: volume.path().into(), options: read_only, directory: true },
-            Bind { source: file.clone(), options: BindOptions::default(), directory: false },
+            Bind {
+                source: volume.path().into(),
+                options: read_only,
+                directory: true,
+            },
+            Bind {
+                source: file.clone(),
+                options: BindOptions::default(),
+                directory: false,
+            },
         ];
         let root = RootMount {
             kind: "bind".into(),
             source: volume.path().display().to_string(),
             options: vec!["rbind".into(), "rw".into()],
         };
-        share.add("c1", Path::new("/nonexistent"), &[root], &binds).unwrap();
+        share
+            .add("c1", Path::new("/nonexistent"), &[root], &binds)
+            .unwrap();
         let in_share = share.path().join("c1/mounts/0");
         assert!(in_share.join("precious").exists());
-        assert!(std::fs::write(in_share.join("new"), "").is_err(), "read-only");
-        assert_eq!(std::fs::read_to_string(share.path().join("c1/mounts/1")).unwrap(), "x");
+        assert!(
+            std::fs::write(in_share.join("new"), "").is_err(),
+            "read-only"
+        );
+        assert_eq!(
+            std::fs::read_to_string(share.path().join("c1/mounts/1")).unwrap(),
+            "x"
+        );
         assert!(share.path().join("c1/rootfs/precious").exists());
 
-        let absent = Bind { source: "/nonexistent".into(), ..binds[0].clone() };
+        let absent = Bind {
+            source: "/nonexistent".into(),
+            ..binds[0].clone()
+        };
         let failed = share.add("c2", volume.path(), &[], &[absent]).unwrap_err();
         assert!(matches!(failed, Error::None), "{failed}");
         assert!(!share.path().join("c2").exists());

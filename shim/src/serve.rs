@@ -31,18 +31,32 @@ const LAST_EVENTS: Duration = Duration::from_secs(2);
 /// There is no socket to serve on.
 pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
     let timeline = Timeline::default();
-    let begun = std::env::var(start::STARTED).ok().and_then(|text| text.parse().ok());
+    let begun = std::env::var(start::STARTED)
+        .ok()
+        .and_then(|text| text.parse().ok());
     timeline.note_at("shim", begun.unwrap_or_else(sys::monotonic_us));
     let bundle = std::env::current_dir().context("the bundle")?;
     let config = Config::load_default();
-    let asked = config.as_ref().map_or(LogLevel::Info, |config| config.log_level);
-    log::init(&bundle, if flags.debug { asked.max(LogLevel::Debug) } else { asked });
+    let asked = config
+        .as_ref()
+        .map_or(LogLevel::Info, |config| config.log_level);
+    log::init(
+        &bundle,
+        if flags.debug {
+            asked.max(LogLevel::Debug)
+        } else {
+            asked
+        },
+    );
     timeline.note("serving");
 
     let address = std::env::var(TTRPC_ADDRESS).context(TTRPC_ADDRESS)?;
     let events = Events::start(&flags.namespace, address);
-    let identity =
-        Identity { namespace: flags.namespace.clone(), id: flags.id.clone(), bundle };
+    let identity = Identity {
+        namespace: flags.namespace.clone(),
+        id: flags.id.clone(),
+        bundle,
+    };
     let pod = match config {
         Ok(config) => Pod::begin(identity, state_root, config, events.clone(), timeline).await,
         Err(e) => Err(Error::Config(e)),
@@ -61,7 +75,9 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
     for (name, service) in create_task(task) {
         services.insert(name.replace(".v3.", ".v2."), service);
     }
-    let mut server = Server::new().register_service(services).add_listener(listener);
+    let mut server = Server::new()
+        .register_service(services)
+        .add_listener(listener);
     server.start().await.context("the Task service")?;
     tracing::debug!("serving");
     exit.notified().await;

@@ -1,47 +1,25 @@
 //! What containerd asks of a pod's containers, in plain types: [`crate::task`] translates.
 
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{
-    TaskCreate, TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskIO, TaskOOM,
-    TaskPaused, TaskResumed, TaskStart,
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
+    TaskStart,
 };
 use containerd_shim_protos::protobuf::MessageField;
 use oci_spec::runtime::Hooks;
-use sepal_protocol::agent::{
-    self as messages, CreateContainerRequest, ExecProcessRequest, RootFs, SignalProcessRequest,
-};
-use sepal_protocol::paths;
+use sepal_protocol::agent::{self as messages, ExecProcessRequest, SignalProcessRequest};
 
-use crate::annotations::Role;
 use crate::container::{Container, Exit, KILLED, Phase, Process, lock};
 use crate::error::{Error, Result};
 use crate::hooks;
-use crate::pod::{self, Pod, Up};
-use crate::rootfs::RootMount;
-use crate::spec::{self, Plan};
+use crate::pod::{Pod, Up};
 use crate::stdio::{Streams, Wanted};
 
 /// How long a VM's death may take to be noticed when the agent's connection has broken.
 const DEATH: Duration = Duration::from_secs(3);
-
-/// What a Create call asks for.
-pub struct Creation {
-    /// The container's id.
-    pub id: String,
-    /// containerd's directory for it.
-    pub bundle: PathBuf,
-    /// containerd's mounts of the root file system.
-    pub rootfs: Vec<Mount>,
-    /// Its streams.
-    pub wanted: Wanted,
-    /// Leave out pivot_root.
-    pub no_pivot: bool,
-}
 
 impl Pod {
     /// The container of this id.
@@ -53,117 +31,8 @@ impl Pod {
         found.ok_or_else(|| Error::NoContainer { id: id.into() })
     }
 
-    /// Makes a container; its init does not run yet.
-    ///
-    /// # Errors
-    /// The pod or the container cannot be made. Nothing of it is left then.
-    pub async fn create(self: &Arc<Self>, mut asked: Creation) -> Result<u32> {
-        if lock(&self.containers).contains_key(&asked.id) {
-            return Err(Error::ContainerExists { id: asked.id });
-        }
-        let mut spec = spec::load(&asked.bundle)?;
-        let role = Role::of(&spec.annotations().clone().unwrap_or_default());
-        let first = asked.id == self.identity.id;
-        let host_hooks = spec::take_host_hooks(&mut spec);
-        let hook_state = self.hook_state(&spec, &asked.id, &asked.bundle, None);
-        asked.wanted.size = spec::console_size(spec.process().as_ref());
-        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle);
-        let created = match plan {
-            Ok(plan) => self.try_create(&asked, plan, first, &host_hooks, &hook_state).await,
-            Err(e) => Err(e.into()),
-        };
-        if created.is_err() {
-            let (share, id) = (self.share.clone(), asked.id.clone());
-            let _ = tokio::task::spawn_blocking(move || share.remove(&id)).await;
-            if first {
-                // There will be no second try with this pod: containerd begins a new one.
-                self.remove().await;
-            }
-            run_poststop(&host_hooks, &hook_state).await;
-        }
-        created
-    }
-
-    async fn try_create(
-        self: &Arc<Self>,
-        asked: &Creation,
-        plan: Plan,
-        first: bool,
-        host_hooks: &Hooks,
-        hook_state: &hooks::State,
-    ) -> Result<u32> {
-        self.record(|record| record.containers.push(asked.id.clone()));
-        let share = self.share.clone();
-        let (id, bundle, binds) = (asked.id.clone(), asked.bundle.clone(), plan.binds);
-        let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
-        // The VM boots meanwhile.
-        tokio::task::spawn_blocking(move || share.add(&id, &bundle, &mounts, &binds))
-            .await
-            .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
-        self.timeline.note("rootfs-mounted");
-        let up = self.up().await?;
-        let hook_state = hooks::State { pid: Some(up.vm.vmm_pid), ..hook_state.clone() };
-        if !first {
-            // Those of the first container have run before the VM's network was looked at.
-            pod::run_creation_hooks(host_hooks, &hook_state).await?;
-        }
-        let namespace = &self.identity.namespace;
-        let (streams, stdio) =
-            Streams::open(&asked.wanted, &up.agent, namespace, &asked.id).await?;
-        let spec = serde_json::to_vec(&plan.guest)
-            .map_err(|e| Error::Invalid { what: "OCI spec", reason: e.to_string() })?;
-        let request = CreateContainerRequest {
-            container_id: asked.id.clone(),
-            spec,
-            stdio: MessageField::some(stdio),
-            shared_namespaces: plan.shared_namespaces,
-            rootfs: MessageField::some(RootFs {
-                share_path: Path::new(&asked.id).join(paths::ROOTFS).display().to_string(),
-                ..Default::default()
-            }),
-            // pivot_root(2) refuses to move an initramfs.
-            no_pivot: asked.no_pivot || self.config.initrd.is_some(),
-            ..Default::default()
-        };
-        if let Err(e) = self.call(&up, up.agent.create_container(&request)).await {
-            streams.close().await;
-            return Err(e);
-        }
-        self.timeline.note("container-created");
-        let init = Process::new(&asked.id, "", asked.wanted.clone(), Vec::new());
-        init.set_streams(streams);
-        let container = Container::new(
-            &asked.id,
-            asked.bundle.clone(),
-            init.clone(),
-            host_hooks.clone(),
-            hook_state,
-        );
-        {
-            let mut containers = lock(&self.containers);
-            if containers.contains_key(&asked.id) {
-                return Err(Error::ContainerExists { id: asked.id.clone() });
-            }
-            containers.insert(asked.id.clone(), container.clone());
-        }
-        if let Some(streams) = init.streams() {
-            streams.feed()?;
-        }
-        let pid = up.vm.vmm_pid;
-        self.events.publish(TaskCreate {
-            container_id: asked.id.clone(),
-            bundle: asked.bundle.display().to_string(),
-            rootfs: asked.rootfs.clone(),
-            io: MessageField::some(task_io(&asked.wanted)),
-            pid,
-            ..Default::default()
-        });
-        tokio::spawn(self.clone().watch(up, container, init));
-        Ok(pid)
-    }
-
     /// Waits for what the agent answers; when the VM has died, that is the error.
-    async fn call<T>(
+    pub(crate) async fn call<T>(
         &self,
         up: &Up,
         call: impl Future<Output = Result<T, crate::agent::Error>>,
@@ -184,7 +53,12 @@ impl Pod {
     }
 
     /// Lives as long as a process does, and tells its end.
-    async fn watch(self: Arc<Self>, up: Arc<Up>, container: Arc<Container>, process: Arc<Process>) {
+    pub(crate) async fn watch(
+        self: Arc<Self>,
+        up: Arc<Up>,
+        container: Arc<Container>,
+        process: Arc<Process>,
+    ) {
         let id = process.id();
         let status = match self.call(&up, up.agent.wait_process(&id)).await {
             Ok(exit) => {
@@ -235,14 +109,19 @@ impl Pod {
                     continue;
                 }
             };
-            let Some(messages::event::Kind::Oom(id)) = event.kind else { continue };
-            let Ok(container) = self.container(&id) else { continue };
+            let Some(messages::event::Kind::Oom(id)) = event.kind else {
+                continue;
+            };
+            let Ok(container) = self.container(&id) else {
+                continue;
+            };
             container.oom_told.store(true, Ordering::Relaxed);
-            let ahead = container.oom_ahead.fetch_update(
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-                |ahead| ahead.checked_sub(1),
-            );
+            let ahead =
+                container
+                    .oom_ahead
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |ahead| {
+                        ahead.checked_sub(1)
+                    });
             if ahead.is_err() {
                 self.publish_oom(&container);
             }
@@ -250,7 +129,10 @@ impl Pod {
     }
 
     fn publish_oom(&self, container: &Container) {
-        let event = TaskOOM { container_id: container.id.clone(), ..Default::default() };
+        let event = TaskOOM {
+            container_id: container.id.clone(),
+            ..Default::default()
+        };
         self.events.publish(event);
     }
 
@@ -263,20 +145,31 @@ impl Pod {
         let process = container.process(exec)?;
         let order = process.order.lock().await;
         if process.phase() != Phase::Created {
-            return Err(Error::WrongState { action: "start", state: process.phase().name() });
+            return Err(Error::WrongState {
+                action: "start",
+                state: process.phase().name(),
+            });
         }
         let up = self.up().await?;
         let pid = up.vm.vmm_pid;
         if exec.is_empty() {
-            self.call(&up, up.agent.start_process(&process.id())).await?;
+            self.call(&up, up.agent.start_process(&process.id()))
+                .await?;
             process.advance(Phase::Running);
             let container_id = id.to_string();
-            self.events.publish(TaskStart { container_id, pid, ..Default::default() });
+            self.events.publish(TaskStart {
+                container_id,
+                pid,
+                ..Default::default()
+            });
             drop(order);
             self.timeline.note("process-started");
             self.tell_timeline();
             let hooks = container.hooks.poststart().as_deref().unwrap_or_default();
-            let state = hooks::State { status: "running", ..container.hook_state.clone() };
+            let state = hooks::State {
+                status: "running",
+                ..container.hook_state.clone()
+            };
             if let Err(e) = hooks::run("poststart", hooks, &state).await {
                 tracing::warn!("{e}");
             }
@@ -289,7 +182,10 @@ impl Pod {
             });
         }
         let namespace = &self.identity.namespace;
-        let wanted = Wanted { size: *lock(&process.size), ..process.wanted.clone() };
+        let wanted = Wanted {
+            size: *lock(&process.size),
+            ..process.wanted.clone()
+        };
         let (streams, stdio) = Streams::open(&wanted, &up.agent, namespace, id).await?;
         let request = ExecProcessRequest {
             container_id: id.into(),
@@ -332,11 +228,19 @@ impl Pod {
     pub fn exec(&self, id: &str, exec: &str, wanted: Wanted, spec: Vec<u8>) -> Result<()> {
         let container = self.container(id)?;
         if container.paused.load(Ordering::Relaxed) {
-            return Err(Error::WrongState { action: "exec in", state: "paused" });
+            return Err(Error::WrongState {
+                action: "exec in",
+                state: "paused",
+            });
         }
         match container.init.phase() {
             Phase::Running => {}
-            phase => return Err(Error::WrongState { action: "exec in", state: phase.name() }),
+            phase => {
+                return Err(Error::WrongState {
+                    action: "exec in",
+                    state: phase.name(),
+                });
+            }
         }
         container.add_exec(Process::new(id, exec, wanted, spec))?;
         self.events.publish(TaskExecAdded {
@@ -357,7 +261,10 @@ impl Pod {
         match process.phase() {
             Phase::Stopped(_) if !all => return Err(Error::Finished),
             Phase::Created if !exec.is_empty() => {
-                return Err(Error::WrongState { action: "kill", state: "created" });
+                return Err(Error::WrongState {
+                    action: "kill",
+                    state: "created",
+                });
             }
             _ => {}
         }
@@ -396,7 +303,12 @@ impl Pod {
                 Phase::Stopped(exit) => exit,
                 // Asked for, never started.
                 Phase::Created => Exit::now(0),
-                phase => return Err(Error::WrongState { action: "delete", state: phase.name() }),
+                phase => {
+                    return Err(Error::WrongState {
+                        action: "delete",
+                        state: phase.name(),
+                    });
+                }
             };
             process.close_streams().await;
             if let Ok(up) = self.up().await {
@@ -409,7 +321,12 @@ impl Pod {
         let exit = match process.phase() {
             Phase::Stopped(exit) => exit,
             Phase::Created => self.end_unstarted(&process).await,
-            phase => return Err(Error::WrongState { action: "delete", state: phase.name() }),
+            phase => {
+                return Err(Error::WrongState {
+                    action: "delete",
+                    state: phase.name(),
+                });
+            }
         };
         process.close_streams().await;
         let last = lock(&self.containers).len() == 1;
@@ -446,7 +363,10 @@ impl Pod {
                 signal,
                 ..Default::default()
             };
-            if self.call(&up, up.agent.signal_process(&request)).await.is_ok()
+            if self
+                .call(&up, up.agent.signal_process(&request))
+                .await
+                .is_ok()
                 && let Ok(exit) = tokio::time::timeout(DEATH, process.ended()).await
             {
                 return exit;
@@ -467,7 +387,10 @@ impl Pod {
         let _order = container.init.order.lock().await;
         let phase = container.init.phase();
         if phase != Phase::Running {
-            return Err(Error::WrongState { action, state: phase.name() });
+            return Err(Error::WrongState {
+                action,
+                state: phase.name(),
+            });
         }
         if container.paused.load(Ordering::Relaxed) == pause {
             let state = if pause { "paused" } else { "running" };
@@ -476,13 +399,21 @@ impl Pod {
         let up = self.up().await?;
         let container_id = id.to_string();
         if pause {
-            self.call(&up, up.agent.pause_container(&container.agent_id())).await?;
+            self.call(&up, up.agent.pause_container(&container.agent_id()))
+                .await?;
             container.paused.store(true, Ordering::Relaxed);
-            self.events.publish(TaskPaused { container_id, ..Default::default() });
+            self.events.publish(TaskPaused {
+                container_id,
+                ..Default::default()
+            });
         } else {
-            self.call(&up, up.agent.resume_container(&container.agent_id())).await?;
+            self.call(&up, up.agent.resume_container(&container.agent_id()))
+                .await?;
             container.paused.store(false, Ordering::Relaxed);
-            self.events.publish(TaskResumed { container_id, ..Default::default() });
+            self.events.publish(TaskResumed {
+                container_id,
+                ..Default::default()
+            });
         }
         Ok(())
     }
@@ -499,7 +430,9 @@ impl Pod {
             resources,
             ..Default::default()
         };
-        self.call(&up, up.agent.update_container(&request)).await.map(|_| ())
+        self.call(&up, up.agent.update_container(&request))
+            .await
+            .map(|_| ())
     }
 
     /// What a container uses.
@@ -509,7 +442,8 @@ impl Pod {
     pub async fn stats(&self, id: &str) -> Result<messages::Stats> {
         let container = self.container(id)?;
         let up = self.up().await?;
-        self.call(&up, up.agent.container_stats(&container.agent_id())).await
+        self.call(&up, up.agent.container_stats(&container.agent_id()))
+            .await
     }
 
     /// Sets the size of a process's terminal.
@@ -520,7 +454,10 @@ impl Pod {
         let process = self.container(id)?.process(exec)?;
         match process.phase() {
             Phase::Stopped(_) => {
-                return Err(Error::WrongState { action: "resize", state: "stopped" });
+                return Err(Error::WrongState {
+                    action: "resize",
+                    state: "stopped",
+                });
             }
             // Clients set the size as soon as they can; an exec takes it once it runs.
             Phase::Created if !exec.is_empty() => {
@@ -537,32 +474,20 @@ impl Pod {
             columns,
             ..Default::default()
         };
-        self.call(&up, up.agent.resize_terminal(&request)).await.map(|_| ())
+        self.call(&up, up.agent.resize_terminal(&request))
+            .await
+            .map(|_| ())
     }
 }
 
-async fn run_poststop(hooks: &Hooks, state: &hooks::State) {
-    let state = hooks::State { status: "stopped", pid: None, ..state.clone() };
+pub(crate) async fn run_poststop(hooks: &Hooks, state: &hooks::State) {
+    let state = hooks::State {
+        status: "stopped",
+        pid: None,
+        ..state.clone()
+    };
     let hooks = hooks.poststop().as_deref().unwrap_or_default();
     if let Err(e) = hooks::run("poststop", hooks, &state).await {
         tracing::warn!("{e}");
-    }
-}
-
-fn root_mount(mount: &Mount) -> RootMount {
-    RootMount {
-        kind: mount.type_.clone(),
-        source: mount.source.clone(),
-        options: mount.options.clone(),
-    }
-}
-
-fn task_io(wanted: &Wanted) -> TaskIO {
-    TaskIO {
-        stdin: wanted.stdin.clone(),
-        stdout: wanted.stdout.clone(),
-        stderr: wanted.stderr.clone(),
-        terminal: wanted.terminal,
-        ..Default::default()
     }
 }

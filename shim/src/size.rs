@@ -40,7 +40,11 @@ pub enum Error {
     )]
     LimitTooLarge { limit: i64 },
     #[error("annotation {key}: {value:?} must be {must}")]
-    Annotation { key: &'static str, value: String, must: String },
+    Annotation {
+        key: &'static str,
+        value: String,
+        must: String,
+    },
     #[error("annotation {key} is not known: sepal reads {allowed}", allowed = annotations::allowed())]
     UnknownAnnotation { key: String },
 }
@@ -76,9 +80,14 @@ impl Size {
                     });
                 }
             },
-            None => Self::cpus_of_limits(cri, resources).unwrap_or(config.vcpus).clamp(1, most),
+            None => Self::cpus_of_limits(cri, resources)
+                .unwrap_or(config.vcpus)
+                .clamp(1, most),
         };
-        Ok(Self { cpus: CpuSpec { boot, max: boot }, memory })
+        Ok(Self {
+            cpus: CpuSpec { boot, max: boot },
+            memory,
+        })
     }
 
     fn memory(
@@ -99,7 +108,9 @@ impl Size {
                 }),
             };
         }
-        let own = resources.and_then(|r| r.memory().as_ref()).and_then(|m| m.limit());
+        let own = resources
+            .and_then(|r| r.memory().as_ref())
+            .and_then(|m| m.limit());
         let default = config.memory * MIB;
         match cri.memory.or(own.filter(|limit| *limit > 0)) {
             None => Ok(default),
@@ -120,7 +131,10 @@ impl Size {
 
     fn cpus_of_limits(cri: CriResources, resources: Option<&LinuxResources>) -> Option<u8> {
         let own = resources.and_then(|r| r.cpu().as_ref());
-        let quota = cri.quota.or_else(|| own.and_then(|c| c.quota())).filter(|q| *q > 0)?;
+        let quota = cri
+            .quota
+            .or_else(|| own.and_then(|c| c.quota()))
+            .filter(|q| *q > 0)?;
         let period = cri
             .period
             .or_else(|| own.and_then(|c| c.period()))
@@ -136,24 +150,46 @@ mod tests {
 
     use super::*;
 
-    fn plan(annotations: &[(&str, &str)], limit: Option<i64>, quota: Option<i64>) -> Result<Size, Error> {
-        let annotations =
-            annotations.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    fn plan(
+        annotations: &[(&str, &str)],
+        limit: Option<i64>,
+        quota: Option<i64>,
+    ) -> Result<Size, Error> {
+        let annotations = annotations
+            .iter()
+            .map(|(k, v)| (k.to_string(), v.to_string()))
+            .collect();
         let mut resources = LinuxResourcesBuilder::default();
         if let Some(limit) = limit {
-            resources = resources.memory(LinuxMemoryBuilder::default().limit(limit).build().unwrap());
+            resources =
+                resources.memory(LinuxMemoryBuilder::default().limit(limit).build().unwrap());
         }
         if let Some(quota) = quota {
-            let cpu = LinuxCpuBuilder::default().quota(quota).period(100_000_u64).build().unwrap();
+            let cpu = LinuxCpuBuilder::default()
+                .quota(quota)
+                .period(100_000_u64)
+                .build()
+                .unwrap();
             resources = resources.cpu(cpu);
         }
-        Size::plan(&annotations, Some(&resources.build().unwrap()), &Config::default(), 4)
+        Size::plan(
+            &annotations,
+            Some(&resources.build().unwrap()),
+            &Config::default(),
+            4,
+        )
     }
 
     #[test]
     fn without_limits_the_configuration_decides() {
         let size = plan(&[], None, None).unwrap();
-        assert_eq!(size, Size { cpus: CpuSpec { boot: 1, max: 1 }, memory: 256 * MIB });
+        assert_eq!(
+            size,
+            Size {
+                cpus: CpuSpec { boot: 1, max: 1 },
+                memory: 256 * MIB
+            }
+        );
         assert_eq!(plan(&[], Some(-1), Some(-1)).unwrap(), size);
     }
 
@@ -162,7 +198,11 @@ mod tests {
         let size = plan(&[], Some(512 << 20), Some(150_000)).unwrap();
         assert_eq!(size.memory, (512 + 64) * MIB);
         assert_eq!(size.cpus.boot, 2);
-        assert_eq!(plan(&[], None, Some(9_900_000)).unwrap().cpus.boot, 4, "the host has four");
+        assert_eq!(
+            plan(&[], None, Some(9_900_000)).unwrap().cpus.boot,
+            4,
+            "the host has four"
+        );
         assert_eq!(plan(&[], Some(8 << 20), None).unwrap().memory, 128 * MIB);
     }
 
@@ -179,19 +219,39 @@ mod tests {
 
     #[test]
     fn our_annotations_tell_the_vm_itself() {
-        let size = plan(&[(annotations::MEMORY, "129"), (annotations::VCPUS, "3")], Some(1 << 30), None)
-            .unwrap();
+        let size = plan(
+            &[(annotations::MEMORY, "129"), (annotations::VCPUS, "3")],
+            Some(1 << 30),
+            None,
+        )
+        .unwrap();
         assert_eq!((size.memory, size.cpus.boot), (130 * MIB, 3));
     }
 
     #[test]
     fn what_no_vm_can_satisfy_is_refused_in_a_sentence() {
         for (annotations, limit, text) in [
-            (&[][..], Some(1 << 20), "memory limit of 1048576 bytes is too small"),
+            (
+                &[][..],
+                Some(1 << 20),
+                "memory limit of 1048576 bytes is too small",
+            ),
             (&[][..], Some(i64::MAX), "more than a VM can have"),
-            (&[(annotations::MEMORY, "12")][..], None, "annotation io.sepal.memory: \"12\" must be"),
-            (&[(annotations::VCPUS, "0")][..], None, "annotation io.sepal.vcpus: \"0\" must be"),
-            (&[("io.sepal.kernel", "/x")][..], None, "annotation io.sepal.kernel is not known"),
+            (
+                &[(annotations::MEMORY, "12")][..],
+                None,
+                "annotation io.sepal.memory: \"12\" must be",
+            ),
+            (
+                &[(annotations::VCPUS, "0")][..],
+                None,
+                "annotation io.sepal.vcpus: \"0\" must be",
+            ),
+            (
+                &[("io.sepal.kernel", "/x")][..],
+                None,
+                "annotation io.sepal.kernel is not known",
+            ),
         ] {
             let message = plan(annotations, limit, None).unwrap_err().to_string();
             assert!(message.contains(text), "{message}");

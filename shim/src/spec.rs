@@ -24,9 +24,15 @@ const DEFAULT_SHM: u64 = 64 << 20;
 #[allow(missing_docs, reason = "each variant's text is its documentation")]
 pub enum Error {
     #[error("OCI spec {}: cannot read it: {source}", .path.display())]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("OCI spec {}: {source}", .path.display())]
-    Parse { path: PathBuf, source: serde_json::Error },
+    Parse {
+        path: PathBuf,
+        source: serde_json::Error,
+    },
     #[error("the OCI spec has no process")]
     NoProcess,
     #[error("the OCI spec has no Linux section")]
@@ -42,15 +48,26 @@ pub enum Error {
     )]
     ForeignNamespace { kind: String, path: PathBuf },
     #[error("mount source {} for {} does not exist on the host", .source_path.display(), .destination.display())]
-    NoSource { source_path: PathBuf, destination: PathBuf },
+    NoSource {
+        source_path: PathBuf,
+        destination: PathBuf,
+    },
     #[error("mount source {} for {}: {error}", .source_path.display(), .destination.display())]
-    Source { source_path: PathBuf, destination: PathBuf, error: std::io::Error },
+    Source {
+        source_path: PathBuf,
+        destination: PathBuf,
+        error: std::io::Error,
+    },
     #[error(
         "mount source {} for {} is a {kind}: a guest cannot reach the host through it; \
          mount a file or a directory",
         .source_path.display(), .destination.display()
     )]
-    SpecialFile { source_path: PathBuf, destination: PathBuf, kind: &'static str },
+    SpecialFile {
+        source_path: PathBuf,
+        destination: PathBuf,
+        kind: &'static str,
+    },
     #[error("bind mount for {} has no source", .destination.display())]
     SourceMissing { destination: PathBuf },
 }
@@ -92,7 +109,10 @@ pub struct Plan {
 /// It cannot be read, or is not an OCI spec.
 pub fn load(bundle: &Path) -> Result<Spec, Error> {
     let path = bundle.join("config.json");
-    let read = |source| Error::Read { path: path.clone(), source };
+    let read = |source| Error::Read {
+        path: path.clone(),
+        source,
+    };
     if std::fs::metadata(&path).map_err(read)?.len() > MAX_SPEC {
         return Err(read(std::io::Error::other("longer than 3 MiB")));
     }
@@ -103,7 +123,9 @@ pub fn load(bundle: &Path) -> Result<Spec, Error> {
 /// Takes the hooks that the host runs out of a spec; those that apply in a container stay.
 pub fn take_host_hooks(spec: &mut Spec) -> Hooks {
     let mut host = Hooks::default();
-    let Some(hooks) = spec.hooks_mut() else { return host };
+    let Some(hooks) = spec.hooks_mut() else {
+        return host;
+    };
     #[allow(deprecated, reason = "prestart hooks are old, not gone")]
     {
         host.set_prestart(hooks.prestart().clone());
@@ -124,7 +146,9 @@ pub fn take_host_hooks(spec: &mut Spec) -> Hooks {
 /// The spec asks for the host's network.
 pub fn network(spec: &Spec) -> Result<Network, Error> {
     let namespaces = namespaces(spec)?;
-    let found = namespaces.iter().find(|n| n.typ() == LinuxNamespaceType::Network);
+    let found = namespaces
+        .iter()
+        .find(|n| n.typ() == LinuxNamespaceType::Network);
     match found.map(LinuxNamespace::path) {
         None => Err(Error::HostNetwork),
         Some(None) => Ok(Network::New),
@@ -148,7 +172,11 @@ impl Plan {
             return Err(Error::NoProcess);
         }
         let in_guest = Path::new(paths::guest::SHARE).join(container);
-        let read_only = spec.root().as_ref().and_then(|r| r.readonly()).unwrap_or(false);
+        let read_only = spec
+            .root()
+            .as_ref()
+            .and_then(|r| r.readonly())
+            .unwrap_or(false);
         let root = RootBuilder::default()
             .path(in_guest.join(paths::ROOTFS))
             .readonly(read_only)
@@ -175,9 +203,17 @@ impl Plan {
             let target = in_guest.join(paths::MOUNTS).join(binds.len().to_string());
             let options = bind_options(mount);
             mount.set_source(Some(target));
-            binds.push(Bind { source, options, directory });
+            binds.push(Bind {
+                source,
+                options,
+                directory,
+            });
         }
-        Ok(Self { guest: spec, binds, shared_namespaces })
+        Ok(Self {
+            guest: spec,
+            binds,
+            shared_namespaces,
+        })
     }
 }
 
@@ -195,16 +231,21 @@ fn is_shm(mount: &Mount, role: &Role) -> bool {
 /// The size of a process's terminal in rows and columns, where its spec tells one.
 pub fn console_size(process: Option<&Process>) -> Option<(u32, u32)> {
     let size = process?.console_size()?;
-    Some((u32::try_from(size.height()).ok()?, u32::try_from(size.width()).ok()?))
+    Some((
+        u32::try_from(size.height()).ok()?,
+        u32::try_from(size.width()).ok()?,
+    ))
 }
 
 /// Size of the /dev/shm that the pod's containers share, in bytes; 0: they share none.
 pub fn shm_size(spec: &Spec, role: &Role) -> u64 {
     let shared = |m: &&Mount| is_bind(m) && is_shm(m, role);
     match spec.mounts().iter().flatten().find(shared) {
-        Some(mount) => {
-            mount.source().as_deref().and_then(size_of_file_system).unwrap_or(DEFAULT_SHM)
-        }
+        Some(mount) => mount
+            .source()
+            .as_deref()
+            .and_then(size_of_file_system)
+            .unwrap_or(DEFAULT_SHM),
         None if *role == Role::Alone => 0,
         None => DEFAULT_SHM,
     }
@@ -221,9 +262,18 @@ fn check_source(source: &Path, destination: &Path) -> Result<bool, Error> {
     let kind = match std::fs::metadata(source) {
         Ok(metadata) => metadata.file_type(),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Error::NoSource { source_path, destination });
+            return Err(Error::NoSource {
+                source_path,
+                destination,
+            });
         }
-        Err(error) => return Err(Error::Source { source_path, destination, error }),
+        Err(error) => {
+            return Err(Error::Source {
+                source_path,
+                destination,
+                error,
+            });
+        }
     };
     let special = if kind.is_socket() {
         "socket"
@@ -234,11 +284,18 @@ fn check_source(source: &Path, destination: &Path) -> Result<bool, Error> {
     } else {
         return Ok(kind.is_dir());
     };
-    Err(Error::SpecialFile { source_path, destination, kind: special })
+    Err(Error::SpecialFile {
+        source_path,
+        destination,
+        kind: special,
+    })
 }
 
 fn bind_options(mount: &Mount) -> BindOptions {
-    let mut options = BindOptions { recursive: true, ..BindOptions::default() };
+    let mut options = BindOptions {
+        recursive: true,
+        ..BindOptions::default()
+    };
     for option in mount.options().iter().flatten() {
         match option.as_str() {
             "bind" => options.recursive = false,
@@ -259,14 +316,20 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
     let linux = spec.linux_mut().as_mut().ok_or(Error::NoLinux)?;
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
         let kind = namespace.typ();
-        let path = namespace.path().clone().filter(|p| !p.as_os_str().is_empty());
+        let path = namespace
+            .path()
+            .clone()
+            .filter(|p| !p.as_os_str().is_empty());
         namespace.set_path(None);
         let is_shared = match role {
             // The VM itself is the network namespace, whoever made the host's side of it.
             _ if kind == Network => true,
             Role::Alone => {
                 if let Some(path) = path {
-                    return Err(Error::ForeignNamespace { kind: oci_name(kind), path });
+                    return Err(Error::ForeignNamespace {
+                        kind: oci_name(kind),
+                        path,
+                    });
                 }
                 false
             }

@@ -39,8 +39,13 @@ fn binds_are_numbered_and_keep_their_options() {
         {"destination": "/f", "type": "none", "source": file, "options": ["bind", "ro"]},
     ]});
     let plan = plan(mounts, &Role::Alone).unwrap();
-    let sources: Vec<_> =
-        plan.guest.mounts().iter().flatten().map(|m| m.source().clone().unwrap()).collect();
+    let sources: Vec<_> = plan
+        .guest
+        .mounts()
+        .iter()
+        .flatten()
+        .map(|m| m.source().clone().unwrap())
+        .collect();
     assert_eq!(sources[0], Path::new("proc"));
     assert_eq!(sources[1], Path::new("/run/sepal/share/c1/mounts/0"));
     assert_eq!(sources[2], Path::new("/run/sepal/share/c1/mounts/1"));
@@ -57,7 +62,10 @@ fn sockets_devices_and_absent_sources_are_refused_by_name() {
     for (source, text) in [
         (socket.as_path(), "is a socket"),
         (Path::new("/dev/null"), "is a device"),
-        (Path::new("/nonexistent"), "mount source /nonexistent for /x does not exist"),
+        (
+            Path::new("/nonexistent"),
+            "mount source /nonexistent for /x does not exist",
+        ),
     ] {
         let mounts = json!({"mounts": [
             {"destination": "/x", "type": "bind", "source": source, "options": ["rbind"]}
@@ -72,13 +80,18 @@ fn the_pods_shm_is_the_guests_own() {
     let mounts = json!({"mounts": [
         {"destination": "/dev/shm", "type": "bind", "source": "/dev", "options": ["rbind"]}
     ]});
-    let role = Role::Member { sandbox: "s".into() };
+    let role = Role::Member {
+        sandbox: "s".into(),
+    };
     assert!(shm_size(&spec(mounts.clone()), &role) > 0);
     assert_eq!(shm_size(&spec(mounts.clone()), &Role::Alone), 0);
     let plan = plan(mounts, &role).unwrap();
     assert!(plan.binds.is_empty());
     let mount = &plan.guest.mounts().as_ref().unwrap()[0];
-    assert_eq!(mount.source().as_deref(), Some(Path::new(paths::guest::SHM)));
+    assert_eq!(
+        mount.source().as_deref(),
+        Some(Path::new(paths::guest::SHM))
+    );
 }
 
 #[test]
@@ -87,10 +100,26 @@ fn namespaces_are_shared_as_the_role_says() {
         {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"},
         {"type": "network", "path": "/var/run/netns/x"}, {"type": "mount"}
     ]}});
-    let member = plan(linux.clone(), &Role::Member { sandbox: "s".into() }).unwrap();
+    let member = plan(
+        linux.clone(),
+        &Role::Member {
+            sandbox: "s".into(),
+        },
+    )
+    .unwrap();
     assert_eq!(member.shared_namespaces, ["ipc", "network"]);
-    let left = member.guest.linux().as_ref().unwrap().namespaces().as_ref().unwrap();
-    assert!(left.iter().all(|n| n.path().is_none()), "no host path reaches the guest");
+    let left = member
+        .guest
+        .linux()
+        .as_ref()
+        .unwrap()
+        .namespaces()
+        .as_ref()
+        .unwrap();
+    assert!(
+        left.iter().all(|n| n.path().is_none()),
+        "no host path reaches the guest"
+    );
     let sandbox = plan(json!({}), &Role::Sandbox).unwrap();
     assert_eq!(sandbox.shared_namespaces, ["pid", "network"]);
     let alone = plan(linux, &Role::Alone).unwrap_err();
@@ -107,7 +136,10 @@ fn the_network_is_joined_made_or_refused() {
         with(json!([{"type": "network", "path": "/run/netns/a"}])).unwrap(),
         Network::Join("/run/netns/a".into())
     );
-    assert!(matches!(with(json!([{"type": "pid"}])), Err(Error::HostNetwork)));
+    assert!(matches!(
+        with(json!([{"type": "pid"}])),
+        Err(Error::HostNetwork)
+    ));
 }
 
 #[test]

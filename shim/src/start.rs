@@ -32,7 +32,11 @@ pub const STARTED: &str = "SEPAL_STARTED_US";
 
 fn input() -> anyhow::Result<Vec<u8>> {
     let mut input = Vec::new();
-    std::io::stdin().lock().take(MAX_INPUT).read_to_end(&mut input).context("standard input")?;
+    std::io::stdin()
+        .lock()
+        .take(MAX_INPUT)
+        .read_to_end(&mut input)
+        .context("standard input")?;
     Ok(input)
 }
 
@@ -51,12 +55,18 @@ pub fn start(flags: &Flags) -> anyhow::Result<()> {
         None => flags.address.clone(),
     };
     let bundle = std::env::current_dir().context("the bundle")?;
-    let annotations = spec::load(&bundle)?.annotations().clone().unwrap_or_default();
+    let annotations = spec::load(&bundle)?
+        .annotations()
+        .clone()
+        .unwrap_or_default();
     let (group, member) = match Role::of(&annotations) {
         Role::Member { sandbox } => (sandbox, true),
         Role::Alone | Role::Sandbox => (flags.id.clone(), false),
     };
-    let directory = modern.as_ref().and_then(|p| p.socket_dir.clone()).filter(|d| !d.is_empty());
+    let directory = modern
+        .as_ref()
+        .and_then(|p| p.socket_dir.clone())
+        .filter(|d| !d.is_empty());
     let mut socket = socket_address(&address, &flags.namespace, &group);
     if let (Some(directory), Some(name)) = (directory, socket.rsplit('/').next()) {
         socket = format!("unix://{}/{name}", directory.trim_end_matches('/'));
@@ -81,7 +91,9 @@ pub fn start(flags: &Flags) -> anyhow::Result<()> {
         }
         .write_to_bytes()?,
     };
-    std::io::stdout().write_all(&answer).context("standard output")?;
+    std::io::stdout()
+        .write_all(&answer)
+        .context("standard output")?;
     Ok(())
 }
 
@@ -90,7 +102,14 @@ fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> any
     let listener = listen(path)?;
     let program = std::env::current_exe().context("the shim's own program")?;
     let mut command = Command::new(program);
-    command.args(["-namespace", &flags.namespace, "-id", &flags.id, "-address", &flags.address]);
+    command.args([
+        "-namespace",
+        &flags.namespace,
+        "-id",
+        &flags.id,
+        "-address",
+        &flags.address,
+    ]);
     command.arg("-socket").arg(path);
     if flags.debug {
         command.arg("-debug");
@@ -102,8 +121,12 @@ fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> any
         command.env(STARTED, sys::monotonic_us().to_string());
     }
     let inherited = [listener.as_fd()];
-    let spawn =
-        Spawn { inherited: &inherited, netns: Netns::Same, dies_with_parent: false, log: None };
+    let spawn = Spawn {
+        inherited: &inherited,
+        netns: Netns::Same,
+        dies_with_parent: false,
+        log: None,
+    };
     sys::spawn(command, &spawn).context("cannot start the shim's server")?;
     Ok(())
 }
@@ -149,15 +172,23 @@ pub async fn delete(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
         exited_at: exit.timestamp(),
         ..Default::default()
     };
-    std::io::stdout().write_all(&answer.write_to_bytes()?).context("standard output")?;
+    std::io::stdout()
+        .write_all(&answer.write_to_bytes()?)
+        .context("standard output")?;
     Ok(())
 }
 
 /// A container in somebody else's pod: its part of the share goes, unless a living shim owns it.
 async fn forget_member(flags: &Flags, state_root: &Path) {
-    for entry in std::fs::read_dir(state_root).into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir(state_root)
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let directory = entry.path();
-        let Ok(state) = PodState::load(&directory) else { continue };
+        let Ok(state) = PodState::load(&directory) else {
+            continue;
+        };
         let here = state.namespace == flags.namespace && state.containers.contains(&flags.id);
         if here && !state.shim.alive() {
             let (share, id) = (Share::of(&directory), flags.id.clone());
@@ -168,7 +199,9 @@ async fn forget_member(flags: &Flags, state_root: &Path) {
 
 /// The dead server's socket: a path below a directory of sockets, written by `start`.
 fn remove_socket(bundle: &Path) {
-    let Ok(address) = std::fs::read_to_string(bundle.join("address")) else { return };
+    let Ok(address) = std::fs::read_to_string(bundle.join("address")) else {
+        return;
+    };
     if let Some(path) = address.strip_prefix("unix://")
         && UnixStream::connect(path).is_err()
     {
@@ -177,7 +210,9 @@ fn remove_socket(bundle: &Path) {
 }
 
 async fn run_poststop(flags: &Flags, bundle: &Path) {
-    let Ok(mut spec) = spec::load(bundle) else { return };
+    let Ok(mut spec) = spec::load(bundle) else {
+        return;
+    };
     let state = hooks::State {
         oci_version: spec.version().clone(),
         id: flags.id.clone(),
@@ -198,14 +233,24 @@ async fn run_poststop(flags: &Flags, bundle: &Path) {
 /// # Errors
 /// Only that the answer cannot be printed.
 pub fn info() -> anyhow::Result<()> {
-    let version = RuntimeVersion { version: env!("CARGO_PKG_VERSION").into(), ..Default::default() };
-    let mut info =
-        RuntimeInfo { name: crate::RUNTIME.into(), version: Some(version).into(), ..Default::default() };
+    let version = RuntimeVersion {
+        version: env!("CARGO_PKG_VERSION").into(),
+        ..Default::default()
+    };
+    let mut info = RuntimeInfo {
+        name: crate::RUNTIME.into(),
+        version: Some(version).into(),
+        ..Default::default()
+    };
     if let Ok(config) = Config::load_default() {
         let note = |text: &Path| text.display().to_string();
-        info.annotations.insert("io.sepal.vmm".into(), note(&config.vmm));
-        info.annotations.insert("io.sepal.image".into(), note(config.guest_image()));
+        info.annotations
+            .insert("io.sepal.vmm".into(), note(&config.vmm));
+        info.annotations
+            .insert("io.sepal.image".into(), note(config.guest_image()));
     }
-    std::io::stdout().write_all(&info.write_to_bytes()?).context("standard output")?;
+    std::io::stdout()
+        .write_all(&info.write_to_bytes()?)
+        .context("standard output")?;
     Ok(())
 }

@@ -131,13 +131,21 @@ mod tests {
         let memory = MemoryStats {
             usage: 7,
             limit: u64::MAX,
-            stat: [("anon".to_string(), 5), ("workingset_refault_file".to_string(), 2)].into(),
+            stat: [
+                ("anon".to_string(), 5),
+                ("workingset_refault_file".to_string(), 2),
+            ]
+            .into(),
             events: [("oom_kill".to_string(), 1)].into(),
             ..Default::default()
         };
         let stats = Stats {
             memory: MessageField::some(memory),
-            pids: MessageField::some(PidsStats { current: 3, limit: 9, ..Default::default() }),
+            pids: MessageField::some(PidsStats {
+                current: 3,
+                limit: 9,
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let metrics = metrics(&stats);

@@ -115,8 +115,12 @@ impl Streams {
     ) -> Result<(Self, agent::Stdio), Error> {
         let opened = open_host(wanted, namespace, container).await?;
         let (rows, columns) = wanted.size.unwrap_or_default();
-        let mut request =
-            agent::Stdio { terminal: wanted.terminal, rows, columns, ..Default::default() };
+        let mut request = agent::Stdio {
+            terminal: wanted.terminal,
+            rows,
+            columns,
+            ..Default::default()
+        };
         let streams = Self::default();
         *lock(&streams.logger) = opened.logger;
         if !wanted.stdin.is_empty() {
@@ -124,9 +128,10 @@ impl Streams {
             request.stdin = token;
             lock(&streams.input).waiting = Some((wanted.stdin.clone(), stream));
         }
-        for (sink, token) in
-            [(opened.stdout, &mut request.stdout), (opened.stderr, &mut request.stderr)]
-        {
+        for (sink, token) in [
+            (opened.stdout, &mut request.stdout),
+            (opened.stderr, &mut request.stderr),
+        ] {
             if let Some(sink) = sink {
                 let (stream, its_token) = agent.stdio().await?;
                 *token = its_token;
@@ -145,7 +150,9 @@ impl Streams {
     /// The FIFO cannot be opened.
     pub fn feed(&self) -> Result<(), Error> {
         let mut input = lock(&self.input);
-        let Some((path, stream)) = input.waiting.take() else { return Ok(()) };
+        let Some((path, stream)) = input.waiting.take() else {
+            return Ok(());
+        };
         let (receiver, keep) =
             open_stdin(&path).map_err(|source| Error::Open { uri: path, source })?;
         if !input.closed {
@@ -168,7 +175,10 @@ impl Streams {
         if let Some(stdin) = lock(&self.stdin).take() {
             stdin.abort();
         }
-        *lock(&self.input) = Input { closed: true, ..Input::default() };
+        *lock(&self.input) = Input {
+            closed: true,
+            ..Input::default()
+        };
         let mut open = self.progress.open.subscribe();
         loop {
             let before = self.progress.moved.load(Ordering::Relaxed);
@@ -205,27 +215,50 @@ impl Streams {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     // What is behind these locks is whole after each statement, also of one that has panicked.
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 async fn open_host(wanted: &Wanted, namespace: &str, container: &str) -> Result<Opened, Error> {
     if !wanted.stdin.is_empty() {
-        let failed = |source| Error::Open { uri: wanted.stdin.clone(), source };
+        let failed = |source| Error::Open {
+            uri: wanted.stdin.clone(),
+            source,
+        };
         std::fs::metadata(&wanted.stdin).map_err(failed)?;
     }
-    let stderr = if wanted.terminal { "" } else { wanted.stderr.as_str() };
+    let stderr = if wanted.terminal {
+        ""
+    } else {
+        wanted.stderr.as_str()
+    };
     if let Some(rest) = wanted.stdout.strip_prefix("binary://") {
         let (logger, stdout, error) = Logger::spawn(rest, namespace, container).await?;
         let sender = |fd: OwnedFd| {
-            pipe::Sender::from_owned_fd(fd).map(Sink::Pipe).map_err(|source| Error::Open {
-                uri: wanted.stdout.clone(),
-                source,
-            })
+            pipe::Sender::from_owned_fd(fd)
+                .map(Sink::Pipe)
+                .map_err(|source| Error::Open {
+                    uri: wanted.stdout.clone(),
+                    source,
+                })
         };
-        let stderr = if wanted.terminal { None } else { Some(sender(error)?) };
-        return Ok(Opened { stdout: Some(sender(stdout)?), stderr, logger: Some(logger) });
+        let stderr = if wanted.terminal {
+            None
+        } else {
+            Some(sender(error)?)
+        };
+        return Ok(Opened {
+            stdout: Some(sender(stdout)?),
+            stderr,
+            logger: Some(logger),
+        });
     }
-    Ok(Opened { stdout: open_sink(&wanted.stdout)?, stderr: open_sink(stderr)?, logger: None })
+    Ok(Opened {
+        stdout: open_sink(&wanted.stdout)?,
+        stderr: open_sink(stderr)?,
+        logger: None,
+    })
 }
 
 /// Both ends of a FIFO, without waiting for a client.
@@ -236,7 +269,10 @@ fn open_stdin(path: &str) -> io::Result<(pipe::Receiver, pipe::Sender)> {
 }
 
 fn open_sink(uri: &str) -> Result<Option<Sink>, Error> {
-    let failed = |source| Error::Open { uri: uri.into(), source };
+    let failed = |source| Error::Open {
+        uri: uri.into(),
+        source,
+    };
     let path = match uri.split_once("://") {
         None if uri.is_empty() => return Ok(None),
         None => Path::new(uri),
@@ -247,16 +283,29 @@ fn open_sink(uri: &str) -> Result<Option<Sink>, Error> {
             if let Some(parent) = path.parent() {
                 std::fs::create_dir_all(parent).map_err(failed)?;
             }
-            let file = std::fs::File::options().create(true).append(true).mode(0o644).open(path);
-            return Ok(Some(Sink::File(tokio::fs::File::from_std(file.map_err(failed)?))));
+            let file = std::fs::File::options()
+                .create(true)
+                .append(true)
+                .mode(0o644)
+                .open(path);
+            return Ok(Some(Sink::File(tokio::fs::File::from_std(
+                file.map_err(failed)?,
+            ))));
         }
         Some(_) => return Err(Error::Scheme { uri: uri.into() }),
     };
-    if std::fs::metadata(path).map_err(failed)?.file_type().is_fifo() {
+    if std::fs::metadata(path)
+        .map_err(failed)?
+        .file_type()
+        .is_fifo()
+    {
         let sender = pipe::OpenOptions::new().read_write(true).open_sender(path);
         return Ok(Some(Sink::Pipe(sender.map_err(failed)?)));
     }
-    let file = std::fs::File::options().append(true).open(path).map_err(failed)?;
+    let file = std::fs::File::options()
+        .append(true)
+        .open(path)
+        .map_err(failed)?;
     Ok(Some(Sink::File(tokio::fs::File::from_std(file))))
 }
 

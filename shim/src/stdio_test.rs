@@ -12,7 +12,9 @@ fn fifo(dir: &Path, name: &str) -> String {
 async fn output_survives_a_reader_that_goes_and_another_that_comes() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(dir.path(), "out");
-    let Some(Sink::Pipe(pipe)) = open_sink(&path).unwrap() else { panic!("not a FIFO") };
+    let Some(Sink::Pipe(pipe)) = open_sink(&path).unwrap() else {
+        panic!("not a FIFO")
+    };
     let (mut guest, host) = UnixStream::pair().unwrap();
     let moved = Arc::new(AtomicU64::new(0));
     let counter = moved.clone();
@@ -20,7 +22,10 @@ async fn output_survives_a_reader_that_goes_and_another_that_comes() {
     let read = |length: usize, path: String| {
         tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; length];
-            std::fs::File::open(path).unwrap().read_exact(&mut bytes).unwrap();
+            std::fs::File::open(path)
+                .unwrap()
+                .read_exact(&mut bytes)
+                .unwrap();
             bytes
         })
     };
@@ -88,7 +93,9 @@ async fn a_full_fifo_without_a_reader_does_not_hold_up_the_exit() {
     let sink = open_sink(&path).unwrap().unwrap();
     streams.copy_to(sink, host);
     let flood = tokio::spawn(async move { guest.write_all(&[0; 1 << 20]).await });
-    tokio::time::timeout(Duration::from_secs(5), streams.finish()).await.unwrap();
+    tokio::time::timeout(Duration::from_secs(5), streams.finish())
+        .await
+        .unwrap();
     assert!(streams.progress.moved.load(Ordering::Relaxed) >= 4096);
     streams.close().await;
     flood.abort();
@@ -107,9 +114,15 @@ async fn files_are_appended_to_and_other_schemes_refused() {
         copy_out(host, sink, &AtomicU64::new(0)).await;
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), "line\nline\n");
-    assert!(matches!(open_sink("vsock://3:1"), Err(Error::Scheme { .. })));
+    assert!(matches!(
+        open_sink("vsock://3:1"),
+        Err(Error::Scheme { .. })
+    ));
     assert!(open_sink("").unwrap().is_none());
-    assert!(matches!(open_sink("/nonexistent/fifo"), Err(Error::Open { .. })));
+    assert!(matches!(
+        open_sink("/nonexistent/fifo"),
+        Err(Error::Open { .. })
+    ));
 }
 
 #[tokio::test]
@@ -122,7 +135,11 @@ async fn a_log_program_gets_the_output_and_its_names() {
         log.display()
     );
     std::fs::write(&program, script).unwrap();
-    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(
+        &program,
+        std::os::unix::fs::PermissionsExt::from_mode(0o755),
+    )
+    .unwrap();
     let wanted = Wanted {
         stdout: format!("binary://{}?key=", program.display()),
         stderr: String::new(),

@@ -43,7 +43,11 @@ pub struct Child {
 }
 
 fn check(result: libc::c_long) -> Result<libc::c_long> {
-    if result < 0 { Err(Error::last_os_error()) } else { Ok(result) }
+    if result < 0 {
+        Err(Error::last_os_error())
+    } else {
+        Ok(result)
+    }
 }
 
 /// How a program is spawned.
@@ -67,10 +71,13 @@ pub struct Spawn<'a> {
 pub fn spawn(mut command: Command, spawn: &Spawn<'_>) -> Result<Child> {
     command.stdin(Stdio::null());
     for set in [Command::stdout, Command::stderr] {
-        set(&mut command, match spawn.log {
-            Some(file) => Stdio::from(file.try_clone()?),
-            None => Stdio::null(),
-        });
+        set(
+            &mut command,
+            match spawn.log {
+                Some(file) => Stdio::from(file.try_clone()?),
+                None => Stdio::null(),
+            },
+        );
     }
     // The standard library reports a failed exec through a pipe of its own. It must not be what
     // dup2 below replaces, so the wanted numbers are kept occupied while the pipe is made, and the
@@ -126,7 +133,10 @@ pub fn spawn(mut command: Command, spawn: &Spawn<'_>) -> Result<Child> {
     let child = command.process_group(0).spawn()?;
     drop(occupied);
     let pid = child.id();
-    Ok(Child { pid, pidfd: pidfd_open(pid)? })
+    Ok(Child {
+        pid,
+        pidfd: pidfd_open(pid)?,
+    })
 }
 
 /// pidfd_open(2), close-on-exec.
@@ -239,15 +249,23 @@ fn open_tree(source: &Path, recursive: bool) -> Result<OwnedFd> {
     }
     // SAFETY: the path is NUL-terminated and outlives the call; the descriptor is new and ours.
     unsafe {
-        let fd =
-            check(libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, source.as_ptr(), flags))?;
+        let fd = check(libc::syscall(
+            libc::SYS_open_tree,
+            libc::AT_FDCWD,
+            source.as_ptr(),
+            flags,
+        ))?;
         Ok(OwnedFd::from_raw_fd(fd as RawFd))
     }
 }
 
 fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: u64) -> Result<()> {
-    let attributes =
-        libc::mount_attr { attr_set: set, attr_clr: 0, propagation, userns_fd: 0 };
+    let attributes = libc::mount_attr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation,
+        userns_fd: 0,
+    };
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the structure's size goes with it and it outlives the call.
     unsafe {
@@ -273,7 +291,10 @@ fn path(path: &Path) -> Result<CString> {
 /// /dev/net/tun cannot be opened, or the name is taken or too long.
 pub fn open_tap(name: &str) -> Result<OwnedFd> {
     const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
-    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun")?;
     // SAFETY: all-zero bytes are a valid ifreq.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     if name.len() >= request.ifr_name.len() {
@@ -300,7 +321,10 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>> {
 
 /// CLOCK_MONOTONIC in microseconds, the clock of all stages on the host.
 pub fn monotonic_us() -> u64 {
-    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
     // SAFETY: clock_gettime writes one timespec; this clock always exists.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
     now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000

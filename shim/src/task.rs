@@ -21,9 +21,9 @@ use tokio::sync::Notify;
 use tracing::Instrument;
 
 use crate::container::{Phase, lock};
+use crate::creation::Creation;
 use crate::error::{Error, Result};
 use crate::pod::Pod;
-use crate::service::Creation;
 use crate::stats;
 use crate::stdio::Wanted;
 use crate::{agent, spec, vm};
@@ -72,7 +72,10 @@ fn status(error: Error) -> ttrpc::Error {
 impl TaskService {
     /// A service for a pod, or for the reason why there is none: that is told to each call.
     pub fn new(pod: Result<Arc<Pod>>, exit: Arc<Notify>) -> Self {
-        Self { pod: pod.map_err(Arc::new), exit }
+        Self {
+            pod: pod.map_err(Arc::new),
+            exit,
+        }
     }
 
     fn pod(&self) -> Result<&Arc<Pod>> {
@@ -81,7 +84,9 @@ impl TaskService {
 
     async fn do_create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
         if !request.checkpoint.is_empty() {
-            return Err(Error::Unsupported { what: "restoring a checkpoint" });
+            return Err(Error::Unsupported {
+                what: "restoring a checkpoint",
+            });
         }
         check_id(&request.id)?;
         let options = options(&request)?;
@@ -99,7 +104,10 @@ impl TaskService {
             no_pivot: options.no_pivot_root,
         };
         let pid = self.pod()?.create(asked).await?;
-        Ok(CreateTaskResponse { pid, ..Default::default() })
+        Ok(CreateTaskResponse {
+            pid,
+            ..Default::default()
+        })
     }
 
     fn do_state(&self, request: &StateRequest) -> Result<StateResponse> {
@@ -133,9 +141,15 @@ impl TaskService {
 
     async fn do_stats(&self, id: &str) -> Result<StatsResponse> {
         let stats = stats::metrics(&self.pod()?.stats(id).await?);
-        let any = containerd_shim::util::convert_to_any(Box::new(stats))
-            .map_err(|e| Error::Invalid { what: "metrics", reason: e.to_string() })?;
-        Ok(StatsResponse { stats: MessageField::some(any), ..Default::default() })
+        let any =
+            containerd_shim::util::convert_to_any(Box::new(stats)).map_err(|e| Error::Invalid {
+                what: "metrics",
+                reason: e.to_string(),
+            })?;
+        Ok(StatsResponse {
+            stats: MessageField::some(any),
+            ..Default::default()
+        })
     }
 }
 
@@ -143,7 +157,10 @@ impl TaskService {
 fn check_id(id: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if id.is_empty() || id.len() > 128 || !id.chars().all(plain) || id.starts_with('.') {
-        return Err(Error::Invalid { what: "container id", reason: format!("{id:?} is not one") });
+        return Err(Error::Invalid {
+            what: "container id",
+            reason: format!("{id:?} is not one"),
+        });
     }
     Ok(())
 }
@@ -152,8 +169,10 @@ fn check_id(id: &str) -> Result<()> {
 fn options(request: &CreateTaskRequest) -> Result<Options> {
     match request.options.as_ref() {
         Some(any) if any.type_url.ends_with("containerd.runc.v1.Options") => {
-            Options::parse_from_bytes(&any.value)
-                .map_err(|e| Error::Invalid { what: "runtime options", reason: e.to_string() })
+            Options::parse_from_bytes(&any.value).map_err(|e| Error::Invalid {
+                what: "runtime options",
+                reason: e.to_string(),
+            })
         }
         _ => Ok(Options::default()),
     }
@@ -183,7 +202,10 @@ impl Task for TaskService {
     async fn start(&self, _: &TtrpcContext, r: StartRequest) -> ttrpc::Result<StartResponse> {
         answer!("start", r.id, {
             let pid = self.pod()?.start(&r.id, &r.exec_id).await?;
-            Ok(StartResponse { pid, ..Default::default() })
+            Ok(StartResponse {
+                pid,
+                ..Default::default()
+            })
         })
     }
 
@@ -208,8 +230,14 @@ impl Task for TaskService {
             let pod = self.pod()?;
             pod.container(&r.id)?;
             // Host pids are wanted, and the one process of the pod on the host is its VMM.
-            let info = ProcessInfo { pid: pod.pid(), ..Default::default() };
-            Ok(PidsResponse { processes: vec![info], ..Default::default() })
+            let info = ProcessInfo {
+                pid: pod.pid(),
+                ..Default::default()
+            };
+            Ok(PidsResponse {
+                processes: vec![info],
+                ..Default::default()
+            })
         })
     }
 
@@ -241,7 +269,11 @@ impl Task for TaskService {
     async fn exec(&self, _: &TtrpcContext, r: ExecProcessRequest) -> ttrpc::Result<Empty> {
         answer!("exec", r.id, {
             check_id(&r.exec_id)?;
-            let spec = r.spec.into_option().map(|any| any.value).unwrap_or_default();
+            let spec = r
+                .spec
+                .into_option()
+                .map(|any| any.value)
+                .unwrap_or_default();
             let wanted = Wanted {
                 stdin: r.stdin,
                 stdout: r.stdout,
@@ -256,7 +288,9 @@ impl Task for TaskService {
 
     async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> ttrpc::Result<Empty> {
         answer!("resize", r.id, {
-            self.pod()?.resize(&r.id, &r.exec_id, r.height, r.width).await?;
+            self.pod()?
+                .resize(&r.id, &r.exec_id, r.height, r.width)
+                .await?;
             Ok(Empty::new())
         })
     }
@@ -273,7 +307,11 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         answer!("update", r.id, {
-            let resources = r.resources.into_option().map(|any| any.value).unwrap_or_default();
+            let resources = r
+                .resources
+                .into_option()
+                .map(|any| any.value)
+                .unwrap_or_default();
             self.pod()?.update(&r.id, resources).await?;
             Ok(Empty::new())
         })
@@ -306,7 +344,10 @@ impl Task for TaskService {
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
         // With other containers of the pod still there, this call was for one that is gone.
-        let empty = self.pod.as_ref().map_or(true, |pod| lock(&pod.containers).is_empty());
+        let empty = self
+            .pod
+            .as_ref()
+            .map_or(true, |pod| lock(&pod.containers).is_empty());
         if empty {
             self.exit.notify_one();
         }

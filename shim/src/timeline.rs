@@ -34,7 +34,10 @@ impl Timeline {
     /// Notes that a stage was reached then.
     pub fn note_at(&self, name: &str, us: u64) {
         if let Ok(mut stages) = self.stages.lock() {
-            stages.push(Stage { name: name.into(), us });
+            stages.push(Stage {
+                name: name.into(),
+                us,
+            });
         }
     }
 
@@ -50,7 +53,11 @@ impl Timeline {
         let stages = self.stages();
         let start = stages.first().map_or(0, |s| s.us);
         let text = stages.iter().map(|stage| {
-            let since = if stage.name.starts_with("guest:") { 0 } else { start };
+            let since = if stage.name.starts_with("guest:") {
+                0
+            } else {
+                start
+            };
             let us = stage.us.saturating_sub(since);
             format!("{} {}.{:01}", stage.name, us / 1000, us % 1000 / 100)
         });

@@ -20,9 +20,7 @@ use nix::sys::wait::WaitStatus;
 use sepal_protocol::config::Config;
 use sepal_protocol::control::{self, Booted, Request, Response};
 use sepal_protocol::paths::{guest, pod};
-use sepal_protocol::vm::{
-    ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec,
-};
+use sepal_protocol::vm::{ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, watch};
@@ -49,9 +47,15 @@ const PANIC: &str = "Kernel panic - not syncing";
 #[allow(missing_docs, reason = "each variant's text is its documentation")]
 pub enum Error {
     #[error("cannot start {}: {source}", .program.display())]
-    Spawn { program: PathBuf, source: std::io::Error },
+    Spawn {
+        program: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot {what}: {source}")]
-    Io { what: &'static str, source: std::io::Error },
+    Io {
+        what: &'static str,
+        source: std::io::Error,
+    },
     #[error("virtual machine: {0}")]
     Control(control::Error),
     #[error("virtual machine: {message}")]
@@ -91,21 +95,46 @@ impl Vm {
         directory: &Path,
         netns: Netns<'_>,
     ) -> Result<Self, Error> {
-        let (ours, theirs) =
-            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-                .map_err(|e| io("make the control socket")(e.into()))?;
-        nix::fcntl::fcntl(&ours, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
-            .map_err(|e| io("make the control socket")(e.into()))?;
-        let fs_socket =
-            UnixListener::bind(directory.join(pod::FS)).map_err(io("listen for the file server"))?;
+        let (ours, theirs) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .map_err(|e| io("make the control socket")(e.into()))?;
+        nix::fcntl::fcntl(
+            &ours,
+            nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
+        )
+        .map_err(|e| io("make the control socket")(e.into()))?;
+        let fs_socket = UnixListener::bind(directory.join(pod::FS))
+            .map_err(io("listen for the file server"))?;
 
         let mut command = Command::new(&config.vmm);
-        command.args(["--control-fd", "3", "--pod", pod_id, "--log", config.log_level.as_str()]);
+        command.args([
+            "--control-fd",
+            "3",
+            "--pod",
+            pod_id,
+            "--log",
+            config.log_level.as_str(),
+        ]);
         let vmm = start(command, &directory.join(VMM_LOG), theirs.as_fd(), netns)?;
         let mut command = Command::new(&config.fs);
-        command.args(["--listen-fd", "3", "--log-level", config.log_level.as_str(), "--share"]);
+        command.args([
+            "--listen-fd",
+            "3",
+            "--log-level",
+            config.log_level.as_str(),
+            "--share",
+        ]);
         command.arg(directory.join(pod::SHARE));
-        let fs = start(command, &directory.join(FS_LOG), fs_socket.as_fd(), Netns::Same);
+        let fs = start(
+            command,
+            &directory.join(FS_LOG),
+            fs_socket.as_fd(),
+            Netns::Same,
+        );
         let fs = match fs {
             Ok(fs) => fs,
             Err(e) => {
@@ -116,10 +145,16 @@ impl Vm {
                 return Err(e);
             }
         };
-        let control = sys::watch(ours, Interest::READABLE | Interest::WRITABLE).map_err(io("watch the control socket"))?;
+        let control = sys::watch(ours, Interest::READABLE | Interest::WRITABLE)
+            .map_err(io("watch the control socket"))?;
         let (vmm_fd, fs_fd) = (Arc::new(vmm.pidfd), Arc::new(fs.pidfd));
         let (tell, ended) = watch::channel(None);
-        tokio::spawn(supervise(vmm_fd.clone(), fs_fd.clone(), directory.into(), tell));
+        tokio::spawn(supervise(
+            vmm_fd.clone(),
+            fs_fd.clone(),
+            directory.into(),
+            tell,
+        ));
         Ok(Self {
             vmm_pid: vmm.pid,
             fs_pid: fs.pid,
@@ -152,7 +187,11 @@ impl Vm {
         };
         for (number, nic) in nics.into_iter().enumerate() {
             let tap = index(nic.tap);
-            let vhost = File::options().read(true).write(true).open("/dev/vhost-net").ok();
+            let vhost = File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/vhost-net")
+                .ok();
             net.push(NetSpec {
                 id: format!("net{number}"),
                 tap,
@@ -162,7 +201,10 @@ impl Vm {
             });
         }
         let path = |path: &Path| Some(path.to_path_buf());
-        let image = config.initrd.is_none().then(|| config.guest_image().to_path_buf());
+        let image = config
+            .initrd
+            .is_none()
+            .then(|| config.guest_image().to_path_buf());
         let spec = VmSpec {
             pod_id: pod_id.into(),
             cpus: size.cpus.clone(),
@@ -182,7 +224,10 @@ impl Vm {
             control: Some(self.directory.join(pod::CONTROL)),
             console: Some(self.directory.join(pod::CONSOLE)),
             early_console: config.early_console,
-            fs: vec![FsSpec { tag: guest::SHARE_TAG.into(), socket: FdIndex(0) }],
+            fs: vec![FsSpec {
+                tag: guest::SHARE_TAG.into(),
+                socket: FdIndex(0),
+            }],
             net,
             blk: Vec::new(),
             balloon: config.balloon,
@@ -233,7 +278,9 @@ impl Vm {
             Ok(Err(Error::Control(e @ (control::Error::Closed | control::Error::Socket(_))))) => {
                 // The VMM has ended, or is about to: its own words tell more than the socket's.
                 match self.ended_within(Duration::from_secs(2)).await {
-                    Some(reason) => Err(Error::Refused { message: reason.to_string() }),
+                    Some(reason) => Err(Error::Refused {
+                        message: reason.to_string(),
+                    }),
                     None => Err(Error::Control(e)),
                 }
             }
@@ -286,8 +333,12 @@ fn start(
         .open(log)
         .map_err(io("open a log in the pod's directory"))?;
     command.env_clear().current_dir("/");
-    let spawn =
-        Spawn { inherited: &[inherited], netns, dies_with_parent: true, log: Some(&log) };
+    let spawn = Spawn {
+        inherited: &[inherited],
+        netns,
+        dies_with_parent: true,
+        log: Some(&log),
+    };
     sys::spawn(command, &spawn).map_err(|source| Error::Spawn { program, source })
 }
 
@@ -308,9 +359,7 @@ async fn supervise(
         vmm_status = tokio::time::timeout(CAUSE, wait(&vmm)).await.ok();
     }
     let reason = match (&vmm_status, &fs_status) {
-        (Some(status), _) => {
-            with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE])
-        }
+        (Some(status), _) => with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE]),
         (_, Some(status)) => {
             let text = format!("the pod's file server has ended ({})", describe(status));
             with_tails(text, &directory, &[FS_LOG])
@@ -328,7 +377,9 @@ async fn supervise(
 
 /// Waits for a child and collects it.
 pub async fn wait(pidfd: &OwnedFd) -> Option<WaitStatus> {
-    let Ok(copy) = pidfd.try_clone() else { return None };
+    let Ok(copy) = pidfd.try_clone() else {
+        return None;
+    };
     let watched = sys::watch(copy, Interest::READABLE).ok()?;
     loop {
         match sys::reap(pidfd) {
@@ -378,7 +429,9 @@ fn with_tails(mut text: String, directory: &Path, files: &[&str]) -> String {
 /// The last lines of a log that tell something, printable: a guest writes what it likes to its
 /// console. After a panic of the guest's kernel that is the line which names the cause.
 pub fn tail(path: &Path) -> Vec<String> {
-    let Ok(mut file) = File::open(path) else { return Vec::new() };
+    let Ok(mut file) = File::open(path) else {
+        return Vec::new();
+    };
     let length = file.metadata().map(|m| m.len()).unwrap_or(0);
     let _ = file.seek(SeekFrom::Start(length.saturating_sub(TAIL_BYTES)));
     let mut bytes = Vec::new();
@@ -409,7 +462,11 @@ mod tests {
         std::fs::write(file.path(), text).unwrap();
         assert_eq!(tail(file.path()), ["old", "one", "[31mtwo", "three"]);
         assert!(tail(Path::new("/nonexistent")).is_empty());
-        std::fs::write(file.path(), format!("a\n[1.0] {PANIC}: no init\nb\nc\nd\ne\n")).unwrap();
+        std::fs::write(
+            file.path(),
+            format!("a\n[1.0] {PANIC}: no init\nb\nc\nd\ne\n"),
+        )
+        .unwrap();
         assert_eq!(tail(file.path()), [format!("[1.0] {PANIC}: no init")]);
     }
 

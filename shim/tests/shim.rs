@@ -36,7 +36,11 @@ struct Containerd {
 #[async_trait]
 impl Events for Containerd {
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        let event = request.envelope().topic().trim_start_matches("/tasks/").to_string();
+        let event = request
+            .envelope()
+            .topic()
+            .trim_start_matches("/tasks/")
+            .to_string();
         self.topics.lock().unwrap().push(event);
         Ok(Empty::new())
     }
@@ -58,11 +62,21 @@ impl Bed {
         let containerd = Containerd::default();
         let topics = containerd.topics.clone();
         let address = format!("unix://{}/ttrpc", dir.path().display());
-        let mut server =
-            Server::new().bind(&address).unwrap().register_service(create_events(Arc::new(containerd)));
+        let mut server = Server::new()
+            .bind(&address)
+            .unwrap()
+            .register_service(create_events(Arc::new(containerd)));
         server.start().await.unwrap();
-        let bed = Self { dir, id, topics, _server: server };
-        bed.write_script("vmm", "exec \"$SELF\" --exact stand_in_for_the_vmm --nocapture");
+        let bed = Self {
+            dir,
+            id,
+            topics,
+            _server: server,
+        };
+        bed.write_script(
+            "vmm",
+            "exec \"$SELF\" --exact stand_in_for_the_vmm --nocapture",
+        );
         // Lives until its VMM has gone, as the real one.
         bed.write_script("fs", "exec sleep 600");
         bed.configure("");
@@ -78,8 +92,10 @@ impl Bed {
 
     fn write_script(&self, name: &str, line: &str) {
         let me = std::env::current_exe().unwrap();
-        let text =
-            format!("#!/bin/sh\nexport SEPAL_STAND_IN=1 SELF={}\n{line}\n", me.display());
+        let text = format!(
+            "#!/bin/sh\nexport SEPAL_STAND_IN=1 SELF={}\n{line}\n",
+            me.display()
+        );
         let path = self.dir.path().join(name);
         std::fs::write(&path, text).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
@@ -108,7 +124,14 @@ impl Bed {
 
     fn shim(&self, action: &str) -> std::process::Output {
         Command::new(SHIM)
-            .args(["-namespace", "test", "-id", &self.id, "-address", "/nonexistent/containerd"])
+            .args([
+                "-namespace",
+                "test",
+                "-id",
+                &self.id,
+                "-address",
+                "/nonexistent/containerd",
+            ])
             .arg("-bundle")
             .arg(self.bundle())
             .arg(action)
@@ -122,7 +145,11 @@ impl Bed {
 
     async fn start(&self) -> TaskClient {
         let output = self.shim("start");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let address = String::from_utf8(output.stdout).unwrap();
         TaskClient::new(Client::connect(&address).await.unwrap())
     }
@@ -147,7 +174,11 @@ impl Bed {
 
     /// All that the pod could have left.
     fn assert_nothing_left(&self, state: &PodState) {
-        assert!(!self.pod().exists(), "{:?}", std::fs::read_dir(self.pod()).map(Vec::from_iter));
+        assert!(
+            !self.pod().exists(),
+            "{:?}",
+            std::fs::read_dir(self.pod()).map(Vec::from_iter)
+        );
         let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!mounts.contains(&self.id), "a mount is left");
         for process in [state.vmm, state.fs].into_iter().flatten() {
@@ -165,7 +196,11 @@ impl Bed {
     async fn wait_for_topic(&self, topic: &str) {
         let deadline = Instant::now() + Duration::from_secs(5);
         while !self.topics().iter().any(|t| t == topic) {
-            assert!(Instant::now() < deadline, "no {topic} in {:?}", self.topics());
+            assert!(
+                Instant::now() < deadline,
+                "no {topic} in {:?}",
+                self.topics()
+            );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
@@ -183,15 +218,24 @@ fn code(error: ttrpc::Error) -> (ttrpc::Code, String) {
 }
 
 fn start_of(id: &str) -> StartRequest {
-    StartRequest { id: id.into(), ..Default::default() }
+    StartRequest {
+        id: id.into(),
+        ..Default::default()
+    }
 }
 
 fn wait_of(id: &str) -> WaitRequest {
-    WaitRequest { id: id.into(), ..Default::default() }
+    WaitRequest {
+        id: id.into(),
+        ..Default::default()
+    }
 }
 
 fn delete_of(id: &str) -> DeleteRequest {
-    DeleteRequest { id: id.into(), ..Default::default() }
+    DeleteRequest {
+        id: id.into(),
+        ..Default::default()
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -206,7 +250,10 @@ async fn a_container_runs_from_create_to_shutdown_and_leaves_nothing() {
     let reader = |path: String| {
         tokio::task::spawn_blocking(move || {
             let mut text = String::new();
-            std::fs::File::open(path).unwrap().read_to_string(&mut text).unwrap();
+            std::fs::File::open(path)
+                .unwrap()
+                .read_to_string(&mut text)
+                .unwrap();
             text
         })
     };
@@ -214,23 +261,58 @@ async fn a_container_runs_from_create_to_shutdown_and_leaves_nothing() {
     let stdin = create.stdin.clone();
     let pid = task.create(within(), &create).await.unwrap().pid;
     let state = PodState::load(&bed.pod()).unwrap();
-    assert_eq!(state.vmm.unwrap().pid, pid, "the pid is the VMM's, alive on the host");
+    assert_eq!(
+        state.vmm.unwrap().pid,
+        pid,
+        "the pid is the VMM's, alive on the host"
+    );
     assert!(std::fs::metadata(format!("/proc/{pid}")).is_ok());
     let again = code(task.create(within(), &create).await.unwrap_err());
     assert_eq!(again.0, ttrpc::Code::ALREADY_EXISTS);
     task.start(within(), &start_of(&bed.id)).await.unwrap();
-    tokio::task::spawn_blocking(move || std::fs::write(stdin, "typed\n")).await.unwrap().unwrap();
-    let close = CloseIORequest { id: bed.id.clone(), stdin: true, ..Default::default() };
+    tokio::task::spawn_blocking(move || std::fs::write(stdin, "typed\n"))
+        .await
+        .unwrap()
+        .unwrap();
+    let close = CloseIORequest {
+        id: bed.id.clone(),
+        stdin: true,
+        ..Default::default()
+    };
     task.close_io(within(), &close).await.unwrap();
-    assert_eq!(task.wait(within(), &wait_of(&bed.id)).await.unwrap().exit_status, 42);
+    assert_eq!(
+        task.wait(within(), &wait_of(&bed.id))
+            .await
+            .unwrap()
+            .exit_status,
+        42
+    );
     assert_eq!(out.await.unwrap(), "out\ntyped\n");
     assert_eq!(err.await.unwrap(), "err\n");
-    let kill = KillRequest { id: bed.id.clone(), signal: 9, ..Default::default() };
+    let kill = KillRequest {
+        id: bed.id.clone(),
+        signal: 9,
+        ..Default::default()
+    };
     let late = code(task.kill(within(), &kill).await.unwrap_err());
-    assert_eq!(late, (ttrpc::Code::NOT_FOUND, "sepal: process already finished".into()));
-    assert_eq!(task.delete(within(), &delete_of(&bed.id)).await.unwrap().exit_status, 42);
+    assert_eq!(
+        late,
+        (
+            ttrpc::Code::NOT_FOUND,
+            "sepal: process already finished".into()
+        )
+    );
+    assert_eq!(
+        task.delete(within(), &delete_of(&bed.id))
+            .await
+            .unwrap()
+            .exit_status,
+        42
+    );
     bed.assert_nothing_left(&state);
-    task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+    task.shutdown(within(), &ShutdownRequest::new())
+        .await
+        .unwrap();
     bed.wait_for_topic("delete").await;
     assert_eq!(bed.topics(), ["create", "start", "exit", "delete"]);
     let deadline = Instant::now() + Duration::from_secs(5);
@@ -247,7 +329,11 @@ async fn execs_have_their_own_life_and_codes() {
     let task = bed.start().await;
     task.create(within(), &bed.create_request()).await.unwrap();
     let spec = br#"{"args":["sh","-c","exit 7"],"cwd":"/","user":{"uid":0,"gid":0}}"#.to_vec();
-    let any = Any { type_url: "x".into(), value: spec, ..Default::default() };
+    let any = Any {
+        type_url: "x".into(),
+        value: spec,
+        ..Default::default()
+    };
     let exec = ExecProcessRequest {
         id: bed.id.clone(),
         exec_id: "e1".into(),
@@ -260,28 +346,65 @@ async fn execs_have_their_own_life_and_codes() {
     task.exec(within(), &exec).await.unwrap();
     let double = code(task.exec(within(), &exec).await.unwrap_err());
     assert_eq!(double.0, ttrpc::Code::ALREADY_EXISTS);
-    let start = StartRequest { exec_id: "e1".into(), ..start_of(&bed.id) };
+    let start = StartRequest {
+        exec_id: "e1".into(),
+        ..start_of(&bed.id)
+    };
     task.start(within(), &start).await.unwrap();
-    let wait = WaitRequest { exec_id: "e1".into(), ..wait_of(&bed.id) };
+    let wait = WaitRequest {
+        exec_id: "e1".into(),
+        ..wait_of(&bed.id)
+    };
     assert_eq!(task.wait(within(), &wait).await.unwrap().exit_status, 7);
-    let delete = DeleteRequest { exec_id: "e1".into(), ..delete_of(&bed.id) };
+    let delete = DeleteRequest {
+        exec_id: "e1".into(),
+        ..delete_of(&bed.id)
+    };
     assert_eq!(task.delete(within(), &delete).await.unwrap().exit_status, 7);
     let gone = code(task.wait(within(), &wait).await.unwrap_err());
     assert_eq!(gone.0, ttrpc::Code::NOT_FOUND);
-    let running = code(task.delete(within(), &delete_of(&bed.id)).await.unwrap_err());
+    let running = code(
+        task.delete(within(), &delete_of(&bed.id))
+            .await
+            .unwrap_err(),
+    );
     assert_eq!(running.0, ttrpc::Code::FAILED_PRECONDITION);
-    let none = code(task.checkpoint(within(), &CheckpointTaskRequest::new()).await.unwrap_err());
+    let none = code(
+        task.checkpoint(within(), &CheckpointTaskRequest::new())
+            .await
+            .unwrap_err(),
+    );
     assert_eq!(none.0, ttrpc::Code::UNIMPLEMENTED);
 
     let state = PodState::load(&bed.pod()).unwrap();
-    let kill = KillRequest { id: bed.id.clone(), signal: 15, ..Default::default() };
+    let kill = KillRequest {
+        id: bed.id.clone(),
+        signal: 15,
+        ..Default::default()
+    };
     task.kill(within(), &kill).await.unwrap();
-    assert_eq!(task.wait(within(), &wait_of(&bed.id)).await.unwrap().exit_status, 143);
+    assert_eq!(
+        task.wait(within(), &wait_of(&bed.id))
+            .await
+            .unwrap()
+            .exit_status,
+        143
+    );
     task.delete(within(), &delete_of(&bed.id)).await.unwrap();
     bed.assert_nothing_left(&state);
-    task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+    task.shutdown(within(), &ShutdownRequest::new())
+        .await
+        .unwrap();
     bed.wait_for_topic("delete").await;
-    let expected = ["create", "start", "exec-added", "exec-started", "exit", "exit", "delete"];
+    let expected = [
+        "create",
+        "start",
+        "exec-added",
+        "exec-started",
+        "exit",
+        "exit",
+        "delete",
+    ];
     assert_eq!(bed.topics(), expected);
 }
 
@@ -298,11 +421,19 @@ async fn the_death_of_the_vmm_or_the_file_server_is_told_once_and_soon() {
         let pid = nix::unistd::Pid::from_raw(process.unwrap().pid as i32);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
         let killed = Instant::now();
-        assert_eq!(task.wait(within(), &wait_of(&bed.id)).await.unwrap().exit_status, 137);
+        assert_eq!(
+            task.wait(within(), &wait_of(&bed.id))
+                .await
+                .unwrap()
+                .exit_status,
+            137
+        );
         assert!(killed.elapsed() < Duration::from_secs(5));
         task.delete(within(), &delete_of(&bed.id)).await.unwrap();
         bed.assert_nothing_left(&state);
-        task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+        task.shutdown(within(), &ShutdownRequest::new())
+            .await
+            .unwrap();
         bed.wait_for_topic("delete").await;
         assert_eq!(bed.topics(), ["create", "start", "exit", "delete"]);
     }
@@ -326,13 +457,20 @@ async fn delete_cleans_up_after_a_killed_shim() {
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     for _ in 0..2 {
         let output = bed.shim("delete");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let answer = DeleteResponse::parse_from_bytes(&output.stdout).unwrap();
         assert_eq!(answer.exit_status, 137);
         assert!(answer.exited_at.seconds > 0);
     }
     bed.assert_nothing_left(&state);
-    assert!(volume.path().join("precious").exists(), "volumes keep their files");
+    assert!(
+        volume.path().join("precious").exists(),
+        "volumes keep their files"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -343,20 +481,42 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
     ]);
     let none = serde_json::json!([]);
     for (name, config, mounts, text) in [
-        ("refuse", "kernel_args = \"refuse\"", &none, "no such kernel, install one"),
+        (
+            "refuse",
+            "kernel_args = \"refuse\"",
+            &none,
+            "no such kernel, install one",
+        ),
         ("key", "memroy = 1", &none, "unknown field `memroy`"),
-        ("mount", "", &missing, "mount source /nonexistent for /v does not exist"),
+        (
+            "mount",
+            "",
+            &missing,
+            "mount source /nonexistent for /v does not exist",
+        ),
     ] {
         let bed = Bed::new(name, &["true"]).await;
         bed.configure(config);
         bed.spec(&["true"], mounts.clone());
         let task = bed.start().await;
-        let (_, message) = code(task.create(within(), &bed.create_request()).await.unwrap_err());
-        assert!(message.contains(text) && !message.contains('\n'), "{message}");
+        let (_, message) = code(
+            task.create(within(), &bed.create_request())
+                .await
+                .unwrap_err(),
+        );
+        assert!(
+            message.contains(text) && !message.contains('\n'),
+            "{message}"
+        );
         assert!(!bed.pod().exists(), "{name}");
-        let connect = ConnectRequest { id: bed.id.clone(), ..Default::default() };
+        let connect = ConnectRequest {
+            id: bed.id.clone(),
+            ..Default::default()
+        };
         let shim = task.connect(within(), &connect).await.unwrap().shim_pid;
-        task.shutdown(within(), &ShutdownRequest::new()).await.unwrap();
+        task.shutdown(within(), &ShutdownRequest::new())
+            .await
+            .unwrap();
         let deadline = Instant::now() + Duration::from_secs(5);
         while sepal_protocol::state::ProcessRef::of(shim).is_some() {
             assert!(Instant::now() < deadline, "the shim is left");

@@ -46,28 +46,48 @@ pub fn vmm() -> ! {
         UnixListener::bind(&spec.vsock).unwrap()
     };
     let stages = vec![("kernel".to_string(), 1)];
-    let booted = Booted { flavour: KvmFlavour::Hardware, stages };
+    let booted = Booted {
+        flavour: KvmFlavour::Hardware,
+        stages,
+    };
     control::send(&socket, &Response::Booted(booted), &[]).unwrap();
-    runtime.spawn(guest(listener, PathBuf::from(format!("{}_{}", spec.vsock.display(), ports::READY))));
+    runtime.spawn(guest(
+        listener,
+        PathBuf::from(format!("{}_{}", spec.vsock.display(), ports::READY)),
+    ));
     // The life line: held, and with it the connection to the file server.
     let end = control::receive::<Request>(&socket);
     drop(fds);
-    std::process::exit(if end.is_ok() { 0 } else { ExitCause::Internal.status().into() });
+    std::process::exit(if end.is_ok() {
+        0
+    } else {
+        ExitCause::Internal.status().into()
+    });
 }
 
 async fn guest(listener: UnixListener, ready: PathBuf) {
     let streams = Streams::default();
     let (to_agent, connections) = tokio::sync::mpsc::unbounded_channel();
-    let agent = Arc::new(FakeAgent { streams: streams.clone(), processes: Mutex::default() });
+    let agent = Arc::new(FakeAgent {
+        streams: streams.clone(),
+        processes: Mutex::default(),
+    });
     let connections = futures::stream::unfold(connections, |mut c| async {
-        c.recv().await.map(|stream| (Ok::<UnixStream, std::io::Error>(stream), c))
+        c.recv()
+            .await
+            .map(|stream| (Ok::<UnixStream, std::io::Error>(stream), c))
     });
     let mut server = Server::new()
         .add_listener(Listener::new(connections))
         .register_service(create_agent(agent));
     server.start().await.unwrap();
     let line = r#"{"version":"0","kernel":"fake","stages":[{"name":"init","boottime_us":5}]}"#;
-    UnixStream::connect(ready).await.unwrap().write_all(line.as_bytes()).await.unwrap();
+    UnixStream::connect(ready)
+        .await
+        .unwrap()
+        .write_all(line.as_bytes())
+        .await
+        .unwrap();
     loop {
         let (mut stream, _) = listener.accept().await.unwrap();
         let (to_agent, streams) = (to_agent.clone(), streams.clone());
@@ -103,9 +123,17 @@ struct Running {
 type Stdio3 = tokio::sync::Mutex<[Option<UnixStream>; 3]>;
 
 impl FakeAgent {
-    async fn add(&self, id: (String, String), process: &serde_json::Value, stdio: &sepal_protocol::agent::Stdio) {
+    async fn add(
+        &self,
+        id: (String, String),
+        process: &serde_json::Value,
+        stdio: &sepal_protocol::agent::Stdio,
+    ) {
         let mut streams = [None, None, None];
-        for (slot, token) in streams.iter_mut().zip([&stdio.stdin, &stdio.stdout, &stdio.stderr]) {
+        for (slot, token) in streams
+            .iter_mut()
+            .zip([&stdio.stdin, &stdio.stdout, &stdio.stderr])
+        {
             while !token.is_empty() && slot.is_none() {
                 *slot = self.streams.lock().unwrap().remove(token);
                 tokio::time::sleep(Duration::from_millis(1)).await;
@@ -113,7 +141,10 @@ impl FakeAgent {
         }
         let args = process["args"].as_array().unwrap();
         let running = Running {
-            args: args.iter().map(|a| a.as_str().unwrap().to_string()).collect(),
+            args: args
+                .iter()
+                .map(|a| a.as_str().unwrap().to_string())
+                .collect(),
             stdio: tokio::sync::Mutex::new(streams),
             pid: Mutex::new(None),
             ended: watch::Sender::new(None),
@@ -155,10 +186,14 @@ async fn run(running: Arc<Running>) -> std::io::Result<u32> {
     }
     let mut copies = Vec::new();
     if let (Some(mut from), Some(mut to)) = (child.stdout.take(), stdout) {
-        copies.push(tokio::spawn(async move { tokio::io::copy(&mut from, &mut to).await }));
+        copies.push(tokio::spawn(async move {
+            tokio::io::copy(&mut from, &mut to).await
+        }));
     }
     if let (Some(mut from), Some(mut to)) = (child.stderr.take(), stderr) {
-        copies.push(tokio::spawn(async move { tokio::io::copy(&mut from, &mut to).await }));
+        copies.push(tokio::spawn(async move {
+            tokio::io::copy(&mut from, &mut to).await
+        }));
     }
     tokio::spawn(async move {
         let status = child.wait().await.unwrap();
@@ -185,7 +220,8 @@ impl agent_ttrpc::Agent for FakeAgent {
         r: CreateContainerRequest,
     ) -> ttrpc::Result<ProcessCreated> {
         let spec: serde_json::Value = serde_json::from_slice(&r.spec).unwrap();
-        self.add((r.container_id, String::new()), &spec["process"], &r.stdio).await;
+        self.add((r.container_id, String::new()), &spec["process"], &r.stdio)
+            .await;
         Ok(ProcessCreated::new())
     }
 
@@ -195,14 +231,18 @@ impl agent_ttrpc::Agent for FakeAgent {
         r: ExecProcessRequest,
     ) -> ttrpc::Result<ProcessCreated> {
         let process = serde_json::from_slice(&r.process).unwrap();
-        self.add((r.container_id, r.exec_id), &process, &r.stdio).await;
+        self.add((r.container_id, r.exec_id), &process, &r.stdio)
+            .await;
         Ok(ProcessCreated::new())
     }
 
     async fn start_process(&self, _: &TtrpcContext, r: ProcessId) -> ttrpc::Result<ProcessCreated> {
         let running = self.find(&r.container_id, &r.exec_id)?;
         match run(running).await {
-            Ok(pid) => Ok(ProcessCreated { pid, ..Default::default() }),
+            Ok(pid) => Ok(ProcessCreated {
+                pid,
+                ..Default::default()
+            }),
             Err(e) => {
                 let status = ttrpc::get_status(ttrpc::Code::UNKNOWN, e.to_string());
                 Err(ttrpc::Error::RpcStatus(status))
@@ -214,7 +254,10 @@ impl agent_ttrpc::Agent for FakeAgent {
         let running = self.find(&r.container_id, &r.exec_id)?;
         let mut ended = running.ended.subscribe();
         let status = ended.wait_for(Option::is_some).await.unwrap().unwrap();
-        Ok(ProcessExit { status, ..Default::default() })
+        Ok(ProcessExit {
+            status,
+            ..Default::default()
+        })
     }
 
     async fn signal_process(
@@ -238,7 +281,10 @@ impl agent_ttrpc::Agent for FakeAgent {
 
     async fn delete_process(&self, _: &TtrpcContext, r: ProcessId) -> ttrpc::Result<ProcessExit> {
         self.find(&r.container_id, &r.exec_id)?;
-        self.processes.lock().unwrap().remove(&(r.container_id, r.exec_id));
+        self.processes
+            .lock()
+            .unwrap()
+            .remove(&(r.container_id, r.exec_id));
         Ok(ProcessExit::new())
     }
 

@@ -1,0 +1,177 @@
+//! How a container is made: its mounts while the VM boots, then its streams and its process.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use containerd_shim_protos::api::Mount;
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::protobuf::MessageField;
+use oci_spec::runtime::Hooks;
+use sepal_protocol::agent::{CreateContainerRequest, RootFs};
+use sepal_protocol::paths;
+
+use crate::annotations::Role;
+use crate::container::{Container, Process, lock};
+use crate::error::{Error, Result};
+use crate::hooks;
+use crate::pod::{self, Pod};
+use crate::rootfs::RootMount;
+use crate::service::run_poststop;
+use crate::spec::{self, Plan};
+use crate::stdio::{Streams, Wanted};
+
+/// What a Create call asks for.
+pub struct Creation {
+    /// The container's id.
+    pub id: String,
+    /// containerd's directory for it.
+    pub bundle: PathBuf,
+    /// containerd's mounts of the root file system.
+    pub rootfs: Vec<Mount>,
+    /// Its streams.
+    pub wanted: Wanted,
+    /// Leave out pivot_root.
+    pub no_pivot: bool,
+}
+
+impl Pod {
+    /// Makes a container; its init does not run yet.
+    ///
+    /// # Errors
+    /// The pod or the container cannot be made. Nothing of it is left then.
+    pub async fn create(self: &Arc<Self>, mut asked: Creation) -> Result<u32> {
+        if lock(&self.containers).contains_key(&asked.id) {
+            return Err(Error::ContainerExists { id: asked.id });
+        }
+        let mut spec = spec::load(&asked.bundle)?;
+        let role = Role::of(&spec.annotations().clone().unwrap_or_default());
+        let first = asked.id == self.identity.id;
+        let host_hooks = spec::take_host_hooks(&mut spec);
+        let hook_state = self.hook_state(&spec, &asked.id, &asked.bundle, None);
+        asked.wanted.size = spec::console_size(spec.process().as_ref());
+        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle);
+        let created = match plan {
+            Ok(plan) => {
+                self.try_create(&asked, plan, first, &host_hooks, &hook_state)
+                    .await
+            }
+            Err(e) => Err(e.into()),
+        };
+        if created.is_err() {
+            let (share, id) = (self.share.clone(), asked.id.clone());
+            let _ = tokio::task::spawn_blocking(move || share.remove(&id)).await;
+            if first {
+                // There will be no second try with this pod: containerd begins a new one.
+                self.remove().await;
+            }
+            run_poststop(&host_hooks, &hook_state).await;
+        }
+        created
+    }
+
+    async fn try_create(
+        self: &Arc<Self>,
+        asked: &Creation,
+        plan: Plan,
+        first: bool,
+        host_hooks: &Hooks,
+        hook_state: &hooks::State,
+    ) -> Result<u32> {
+        self.record(|record| record.containers.push(asked.id.clone()));
+        let share = self.share.clone();
+        let (id, bundle, binds) = (asked.id.clone(), asked.bundle.clone(), plan.binds);
+        let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
+        // The VM boots meanwhile.
+        tokio::task::spawn_blocking(move || share.add(&id, &bundle, &mounts, &binds))
+            .await
+            .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
+        self.timeline.note("rootfs-mounted");
+        let up = self.up().await?;
+        let hook_state = hooks::State {
+            pid: Some(up.vm.vmm_pid),
+            ..hook_state.clone()
+        };
+        if !first {
+            // Those of the first container have run before the VM's network was looked at.
+            pod::run_creation_hooks(host_hooks, &hook_state).await?;
+        }
+        let namespace = &self.identity.namespace;
+        let (streams, stdio) =
+            Streams::open(&asked.wanted, &up.agent, namespace, &asked.id).await?;
+        let spec = serde_json::to_vec(&plan.guest).map_err(|e| Error::Invalid {
+            what: "OCI spec",
+            reason: e.to_string(),
+        })?;
+        let request = CreateContainerRequest {
+            container_id: asked.id.clone(),
+            spec,
+            stdio: MessageField::some(stdio),
+            shared_namespaces: plan.shared_namespaces,
+            rootfs: MessageField::some(RootFs {
+                share_path: Path::new(&asked.id)
+                    .join(paths::ROOTFS)
+                    .display()
+                    .to_string(),
+                ..Default::default()
+            }),
+            // pivot_root(2) refuses to move an initramfs.
+            no_pivot: asked.no_pivot || self.config.initrd.is_some(),
+            ..Default::default()
+        };
+        if let Err(e) = self.call(&up, up.agent.create_container(&request)).await {
+            streams.close().await;
+            return Err(e);
+        }
+        self.timeline.note("container-created");
+        let init = Process::new(&asked.id, "", asked.wanted.clone(), Vec::new());
+        init.set_streams(streams);
+        let container = Container::new(
+            &asked.id,
+            asked.bundle.clone(),
+            init.clone(),
+            host_hooks.clone(),
+            hook_state,
+        );
+        {
+            let mut containers = lock(&self.containers);
+            if containers.contains_key(&asked.id) {
+                return Err(Error::ContainerExists {
+                    id: asked.id.clone(),
+                });
+            }
+            containers.insert(asked.id.clone(), container.clone());
+        }
+        if let Some(streams) = init.streams() {
+            streams.feed()?;
+        }
+        let pid = up.vm.vmm_pid;
+        self.events.publish(TaskCreate {
+            container_id: asked.id.clone(),
+            bundle: asked.bundle.display().to_string(),
+            rootfs: asked.rootfs.clone(),
+            io: MessageField::some(task_io(&asked.wanted)),
+            pid,
+            ..Default::default()
+        });
+        tokio::spawn(self.clone().watch(up, container, init));
+        Ok(pid)
+    }
+}
+
+fn root_mount(mount: &Mount) -> RootMount {
+    RootMount {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        options: mount.options.clone(),
+    }
+}
+
+fn task_io(wanted: &Wanted) -> TaskIO {
+    TaskIO {
+        stdin: wanted.stdin.clone(),
+        stdout: wanted.stdout.clone(),
+        stderr: wanted.stderr.clone(),
+        terminal: wanted.terminal,
+        ..Default::default()
+    }
+}
