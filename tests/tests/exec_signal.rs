@@ -67,8 +67,11 @@ fn exec_on_a_terminal() {
         ])
         .arg("sh");
     let mut terminal = Terminal::start(command, 100, 30);
-    terminal.line("echo size: $(stty size)");
-    terminal.expect("size: 30 100");
+    // The client tells the size once the process runs: ask until it has arrived.
+    terminal.line(
+        "until [ \"$(stty size)\" = '30 100' ]; do sleep 0.1; done; echo first: $(stty size)",
+    );
+    terminal.expect("first: 30 100");
     terminal.resize(60, 20);
     terminal
         .line("until [ \"$(stty size)\" = '20 60' ]; do sleep 0.1; done; echo now: $(stty size)");

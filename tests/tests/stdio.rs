@@ -232,9 +232,12 @@ fn a_terminal_that_follows_its_window() {
         .args([&bed.busybox(), container.id()])
         .arg("sh");
     let mut terminal = Terminal::start(command, 91, 27);
-    terminal.line("tty; echo size: $(stty size)");
+    terminal.line("tty");
     terminal.expect("/dev/pts/");
-    terminal.expect("size: 27 91");
+    // The client tells the size once the process runs: ask until it has arrived.
+    terminal
+        .line("until [ \"$(stty size)\" = '27 91' ]; do sleep 0.1; done; echo first: $(stty size)");
+    terminal.expect("first: 27 91");
     terminal.resize(123, 45);
     // The window's change travels on its own: ask until it has arrived.
     terminal
