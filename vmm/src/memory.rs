@@ -19,6 +19,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 
+use nix::unistd::{Whence, lseek};
 use sepal_protocol::vm::MemorySpec;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -255,11 +256,25 @@ impl RamFile {
 }
 
 impl Target<'_> {
-    /// Copies `size` bytes at `offset` of `source` to `gpa`, below 3 GiB.
+    /// Copies `size` bytes at `offset` of `source` to `gpa`, below 3 GiB, where RAM is still
+    /// zero. Holes of the source are left out: RAM that nobody touches costs nothing.
     ///
     /// # Errors
     /// Reading, writing, or the source ends too early.
     pub fn fill(&self, source: &mut File, offset: u64, size: u64, gpa: u64) -> io::Result<()> {
+        let end = offset.saturating_add(size);
+        if source.metadata()?.len() < end {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let mut at = offset;
+        while let Some((start, stop)) = next_data(source, at, end) {
+            self.copy(source, start, stop - start, gpa + (start - offset))?;
+            at = stop;
+        }
+        Ok(())
+    }
+
+    fn copy(&self, source: &mut File, offset: u64, size: u64, gpa: u64) -> io::Result<()> {
         source.seek(SeekFrom::Start(offset))?;
         match *self {
             Self::File(mut file) => {
@@ -275,6 +290,26 @@ impl Target<'_> {
                 .read_exact_volatile_from(GuestAddress(gpa), source, size as usize)
                 .map_err(io::Error::other),
         }
+    }
+}
+
+/// The next range of data in `at..end`; all of it where the file system does not know its holes.
+fn next_data(file: &File, at: u64, end: u64) -> Option<(u64, u64)> {
+    if at >= end {
+        return None;
+    }
+    let seek = |from: u64, whence| {
+        let from = i64::try_from(from).map_err(|_| nix::Error::EOVERFLOW)?;
+        lseek(file, from, whence).map(i64::unsigned_abs)
+    };
+    match seek(at, Whence::SeekData) {
+        Ok(start) if start < end => {
+            let stop = seek(start, Whence::SeekHole).unwrap_or(end).min(end);
+            Some((start, stop))
+        }
+        // ENXIO: nothing but a hole follows.
+        Ok(_) | Err(nix::Error::ENXIO) => None,
+        Err(_) => Some((at, end)),
     }
 }
 
@@ -369,6 +404,31 @@ mod tests {
         for gpa in [3 * GIB, 4 * GIB - 8, 5 * GIB] {
             assert!(!ram.memory.address_in_range(GuestAddress(gpa)), "{gpa:#x}");
         }
+    }
+
+    #[test]
+    fn holes_of_a_file_leave_ram_untouched() {
+        use std::os::unix::fs::{FileExt, MetadataExt};
+        let mut source = tempfile::tempfile().unwrap();
+        source.set_len(8 * MIB).unwrap();
+        source.write_all_at(b"first", 0).unwrap();
+        source.write_all_at(b"second", 4 * MIB + 5).unwrap();
+        let file = RamFile::new(false).unwrap();
+        file.target()
+            .fill(&mut source, 0, 8 * MIB, 16 * MIB)
+            .unwrap();
+        assert!(file.file.metadata().unwrap().blocks() * 512 <= MIB);
+        let ram = Ram::map(file, &spec(64 * MIB)).unwrap();
+        let mut text = [0; 6];
+        ram.memory
+            .read_slice(&mut text, GuestAddress(20 * MIB + 5))
+            .unwrap();
+        assert_eq!(&text, b"second");
+        let past_the_end = ram.target().fill(&mut source, 8 * MIB - 1, 2, 32 * MIB);
+        assert_eq!(
+            past_the_end.unwrap_err().kind(),
+            io::ErrorKind::UnexpectedEof
+        );
     }
 
     #[test]
