@@ -23,7 +23,7 @@ use sepal_protocol::vm::KvmFlavour;
 use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::memory::{KVM_IDENTITY_MAP, KVM_TSS};
+use crate::memory::{ConfigPages, ECAM_SIZE, KVM_IDENTITY_MAP, KVM_TSS};
 use crate::virtio::pmem::Image;
 
 /// Where KVM is found.
@@ -175,8 +175,8 @@ pub enum Backing {
     Ram(Arc<MmapRegion>),
     /// A file of the host that the guest may only read.
     Image(Arc<Image>),
-    /// Registers that the guest reads as memory and writes by leaving to us.
-    Registers(Arc<MmapRegion>),
+    /// Configuration space, which the guest reads as memory and writes by leaving to us.
+    Config(Arc<ConfigPages>),
 }
 
 /// A memory slot that can be taken away again.
@@ -199,9 +199,7 @@ impl Machine {
         let (flags, address, size) = match &backing {
             Backing::Ram(region) => (0, region.as_ptr() as u64, region.size() as u64),
             Backing::Image(image) => (KVM_MEM_READONLY, image.host_address(), image.size()),
-            Backing::Registers(page) => {
-                (KVM_MEM_READONLY, page.as_ptr() as u64, page.size() as u64)
-            }
+            Backing::Config(pages) => (KVM_MEM_READONLY, pages.host_address(), ECAM_SIZE),
         };
         let mut slots = lock(&self.slots);
         let free = slots.iter().position(Option::is_none);

@@ -181,6 +181,13 @@ fn run(
         }
     }
     let end = control::Control::new(vm, exit, socket, listener).run();
+    for path in [Some(&spec.vsock), spec.control.as_ref()]
+        .into_iter()
+        .flatten()
+    {
+        // The shim removes the pod's directory anyway.
+        let _ = std::fs::remove_file(path);
+    }
     match end.cause {
         ExitCause::PowerOff => tracing::info!("{}", end.message),
         _ => eprintln!("sepal-vmm: {}", end.message),

@@ -17,6 +17,7 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::unistd::{Whence, lseek};
@@ -337,6 +338,119 @@ fn fix_size(file: &File, size: u64) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// Bytes of a slot in ECAM: 8 functions of 4 KiB.
+const ECAM_SLOT: usize = 0x8000;
+/// Slots of the bus.
+const ECAM_SLOTS: usize = ECAM_SIZE as usize / ECAM_SLOT;
+/// Bytes of one function.
+const ECAM_FUNCTION: usize = 0x1000;
+
+/// The pages that a guest finds in configuration space. All slots without a device share the same
+/// ones, of all ones.
+pub struct ConfigPages {
+    start: *mut libc::c_void,
+    absent: File,
+    present: File,
+}
+
+// SAFETY: the mapping lives as long as the value and is only replaced, page by page, by mmap(2);
+// this process never reads through the pointer.
+unsafe impl Send for ConfigPages {}
+// SAFETY: as above.
+unsafe impl Sync for ConfigPages {}
+
+impl ConfigPages {
+    /// An empty bus.
+    ///
+    /// # Errors
+    /// memfd_create(2), mmap(2).
+    pub fn new() -> io::Result<Self> {
+        let absent = memfd(c"sepal-absent", false)?;
+        absent.write_all_at(&[0xff; ECAM_SLOT], 0)?;
+        let present = memfd(c"sepal-config", false)?;
+        present.set_len((ECAM_SLOTS * ECAM_FUNCTION) as u64)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let size = ECAM_SIZE as usize;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice.
+        let start =
+            unsafe { libc::mmap(std::ptr::null_mut(), size, libc::PROT_READ, flags, -1, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let pages = Self {
+            start,
+            absent,
+            present,
+        };
+        (0..ECAM_SLOTS).try_for_each(|slot| pages.place(slot, ECAM_SLOT, &pages.absent, 0))?;
+        Ok(pages)
+    }
+
+    /// Where they are in this process: [`ECAM_SIZE`] bytes.
+    pub fn host_address(&self) -> u64 {
+        self.start as u64
+    }
+
+    /// Puts a function into `slot`, or renews it. The rest of its page reads as zero.
+    ///
+    /// # Errors
+    /// mmap(2); there is no such slot.
+    pub fn show(&self, slot: usize, config: &[u8]) -> io::Result<()> {
+        let at = slot * ECAM_FUNCTION;
+        if slot >= ECAM_SLOTS || config.len() > ECAM_FUNCTION {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.present.write_all_at(config, at as u64)?;
+        self.place(slot, ECAM_FUNCTION, &self.present, at)
+    }
+
+    /// Takes the function out of `slot`.
+    ///
+    /// # Errors
+    /// mmap(2).
+    pub fn hide(&self, slot: usize) -> io::Result<()> {
+        self.place(slot, ECAM_FUNCTION, &self.absent, 0)
+    }
+
+    /// Maps `size` bytes of `file` from `offset` at the start of a slot.
+    fn place(&self, slot: usize, size: usize, file: &File, offset: usize) -> io::Result<()> {
+        if slot >= ECAM_SLOTS || size > ECAM_SLOT {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let at = self.start.wrapping_byte_add(slot * ECAM_SLOT);
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        let fd = file.as_raw_fd();
+        // SAFETY: the range lies in this value's own mapping, as was just checked, and nobody in
+        // this process has a reference into it. KVM follows the change.
+        let mapped =
+            unsafe { libc::mmap(at, size, libc::PROT_READ, flags, fd, offset as libc::off_t) };
+        if mapped == libc::MAP_FAILED {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+
+    /// What the guest reads at `offset`.
+    #[cfg(test)]
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset + into.len() <= ECAM_SIZE as usize);
+        // SAFETY: the range was just checked, and is mapped readable.
+        unsafe {
+            let source = self.start.cast::<u8>().add(offset);
+            std::ptr::copy_nonoverlapping(source, into.as_mut_ptr(), into.len());
+        }
+    }
+}
+
+impl Drop for ConfigPages {
+    fn drop(&mut self) {
+        // SAFETY: the range is this value's own and goes with it; KVM holds a reference to the
+        // value as long as it shows it.
+        unsafe { libc::munmap(self.start, ECAM_SIZE as usize) };
+    }
 }
 
 /// Advice is only advice: what the host does not know it ignores.

@@ -102,6 +102,8 @@ const CONTROL: &[i64] = &[
     libc::SYS_fstat,
     libc::SYS_statx,
     libc::SYS_lseek,
+    // Configuration space of what is plugged.
+    libc::SYS_pwrite64,
     // At the end: the sockets that it listened at.
     libc::SYS_unlink,
 ];

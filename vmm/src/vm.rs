@@ -266,7 +266,7 @@ impl Builder {
             memory,
             wires,
             self.launcher.clone(),
-            pci::place(slot),
+            pci::first_bar(slot),
         )?)
     }
 
@@ -469,7 +469,7 @@ fn add_devices(
     fds: &mut Descriptors,
     log: &Arc<Log>,
 ) -> Result<(Arc<PciBus>, Option<Arc<balloon::Control>>)> {
-    let pci = Arc::new(PciBus::default());
+    let pci = Arc::new(PciBus::new(builder.machine.clone())?);
     builder.add(&pci, None, Box::new(Console::new(log.clone())))?;
     builder.add(&pci, None, Box::new(Rng::default()))?;
     if let Some(path) = &spec.image {

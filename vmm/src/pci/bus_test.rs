@@ -10,7 +10,11 @@ use crate::virtio::console::{Console, Log};
 use crate::virtio::rng::Rng;
 
 fn bus() -> PciBus {
-    let bus = PciBus::default();
+    bus_on(Arc::new(TestWires::default()))
+}
+
+fn bus_on(wires: Arc<TestWires>) -> PciBus {
+    let bus = PciBus::new(wires).unwrap();
     let log = Log::new(None).unwrap();
     bus.insert(1, None, function(1, Box::new(Console::new(log))));
     bus.insert(
@@ -26,7 +30,7 @@ fn function(slot: u8, device: Box<dyn crate::virtio::device::VirtioDevice>) -> V
     let memory = Arc::new(vm_memory::GuestMemoryMmap::from_ranges(&ranges).unwrap());
     let launcher = Arc::new(Launcher::start().unwrap());
     let wires = Arc::new(TestWires::default());
-    VirtioPci::new(device, memory, wires, launcher, place(slot)).unwrap()
+    VirtioPci::new(device, memory, wires, launcher, first_bar(slot)).unwrap()
 }
 
 fn config(bus: &PciBus, slot: u64, function: u64, register: u64) -> u32 {
@@ -65,17 +69,17 @@ fn ecam_shows_functions_where_they_are() {
 #[test]
 fn registers_answer_only_where_the_guest_has_enabled_them() {
     let bus = bus();
-    let queues = place(1).bar + 0x12;
+    let queues = first_bar(1) + 0x12;
     let mut data = [0; 2];
     assert!(!bus.read_bar(queues, &mut data));
     bus.write_config(1 << 15 | 4, &2_u16.to_le_bytes());
     assert!(bus.read_bar(queues, &mut data));
     assert_eq!(data, 2_u16.to_le_bytes());
     assert!(
-        !bus.read_bar(place(1).bar + BAR_SIZE - 1, &mut data),
+        !bus.read_bar(first_bar(1) + BAR_SIZE - 1, &mut data),
         "across the end"
     );
-    assert!(!bus.read_bar(place(16).bar + 0x12, &mut data));
+    assert!(!bus.read_bar(first_bar(16) + 0x12, &mut data));
     // Moved above RAM, as a guest's kernel does with a device that was plugged.
     bus.write_config(1 << 15 | 0x14, &1_u32.to_le_bytes());
     assert!(!bus.read_bar(queues, &mut data));
@@ -120,4 +124,46 @@ fn slots_and_ids_are_given_once() {
         bus.free_hot_slot("one more"),
         Err(Error::Full(16))
     ));
+}
+
+#[test]
+fn the_guest_reads_configuration_space_as_memory() {
+    let wires = Arc::new(TestWires::default());
+    let bus = bus_on(wires.clone());
+    let shown = |offset: usize| {
+        let mut data = [0; 4];
+        wires.shown().unwrap().read(offset, &mut data);
+        u32::from_le_bytes(data)
+    };
+    let console = 1 << 15;
+    let network = 16 << 15;
+    assert_eq!(
+        [shown(0), shown(console), shown(network)],
+        [u32::MAX, 0x1043_1af4, 0x1044_1af4]
+    );
+    assert_eq!([shown(console + 0x1000), shown(31 << 15)], [u32::MAX; 2]);
+    assert_eq!(shown(console + 0x100), 0, "no extended capabilities");
+    bus.write_config(console as u64 + 0x10, &[0xff; 4]);
+    assert_eq!(shown(console + 0x10), config(&bus, 1, 0, 0x10));
+    bus.eject(1 << 16);
+    assert_eq!(shown(network), u32::MAX);
+
+    // Along the list to the configuration access capability.
+    let mut at = 0x34;
+    let mut kind = 0;
+    while kind != 5 {
+        let mut byte = [0];
+        bus.read_config(console as u64 + at, &mut byte);
+        at = byte[0].into();
+        bus.read_config(console as u64 + at + 3, &mut byte);
+        kind = byte[0];
+        if kind != 5 {
+            at += 1;
+        }
+    }
+    bus.write_config(console as u64 + at + 8, &4_u32.to_le_bytes());
+    assert!(
+        wires.shown().is_none(),
+        "from here on reads come to the function"
+    );
 }

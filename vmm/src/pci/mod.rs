@@ -16,13 +16,16 @@ pub mod testing;
 pub mod virtio;
 pub mod wires;
 
+use std::io;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use self::virtio::{BAR_SIZE, Place, VirtioPci};
-use crate::memory::{ECAM_START, HIGH_RAM_START, MMIO32_SIZE, MMIO32_START};
+use self::mirror::Mirror;
+use self::virtio::{BAR_SIZE, VirtioPci};
+use self::wires::Wires;
+use crate::memory::{HIGH_RAM_START, MMIO32_SIZE, MMIO32_START};
 use crate::platform::Platform;
 
 /// Slots of bus 0.
@@ -58,30 +61,31 @@ struct Slot {
 /// The bus.
 pub struct PciBus {
     slots: RwLock<[Option<Slot>; SLOTS]>,
+    /// Locked after a function, never before.
+    mirror: Mutex<Mirror>,
     ejected: Mutex<Vec<String>>,
     on_ejected: OnceLock<EventFd>,
 }
 
-impl Default for PciBus {
-    fn default() -> Self {
-        Self {
-            slots: RwLock::new([const { None }; SLOTS]),
-            ejected: Mutex::default(),
-            on_ejected: OnceLock::new(),
-        }
-    }
-}
-
-/// Where the function in `slot` lies at first.
-pub fn place(slot: u8) -> Place {
-    let slot = u64::from(slot);
-    Place {
-        config: ECAM_START + (slot << 15),
-        bar: MMIO32_START + slot * BAR_SIZE,
-    }
+/// Where the registers of the function in `slot` lie at first.
+pub fn first_bar(slot: u8) -> u64 {
+    MMIO32_START + u64::from(slot) * BAR_SIZE
 }
 
 impl PciBus {
+    /// An empty bus.
+    ///
+    /// # Errors
+    /// No memory for its configuration space.
+    pub fn new(wires: Arc<dyn Wires>) -> io::Result<Self> {
+        Ok(Self {
+            slots: RwLock::new([const { None }; SLOTS]),
+            mirror: Mutex::new(Mirror::new(wires)?),
+            ejected: Mutex::default(),
+            on_ejected: OnceLock::new(),
+        })
+    }
+
     /// Sets what is written to when the guest has let go of a device.
     pub fn notify_ejected(&self, event: EventFd) {
         // Set once, by the boot story.
@@ -119,10 +123,12 @@ impl PciBus {
     /// Puts a function into a free slot. A device with an id can be asked for and unplugged by it.
     pub fn insert(&self, slot: u8, id: Option<String>, function: VirtioPci) {
         let bar = function.bar();
+        let config = function.config_bytes();
         let function = Arc::new(Mutex::new(function));
         let mut slots = self.slots.write().unwrap_or_else(|e| e.into_inner());
         if let Some(place) = slots.get_mut(usize::from(slot)) {
             *place = Some(Slot { id, function, bar });
+            lock(&self.mirror).renew(slot.into(), config.as_ref().map(<[u8; _]>::as_slice));
         }
     }
 
@@ -160,6 +166,7 @@ impl PciBus {
             let mut slots = self.slots.write().unwrap_or_else(|e| e.into_inner());
             for slot in HOT_SLOTS.filter(|slot| mask >> slot & 1 != 0) {
                 gone.extend(slots[usize::from(slot)].take());
+                lock(&self.mirror).renew(slot.into(), None);
             }
         }
         if gone.is_empty() {
@@ -205,6 +212,10 @@ impl PciBus {
         let before = function.bar();
         function.write_config(register, data);
         let after = function.bar();
+        match function.config_bytes() {
+            Some(bytes) => lock(&self.mirror).renew(slot, Some(&bytes)),
+            None => lock(&self.mirror).withdraw(),
+        }
         drop(function);
         if before != after {
             let mut slots = self.slots.write().unwrap_or_else(|e| e.into_inner());

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 
-use vm_memory::{MmapRegion, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::wires::Wires;
-use crate::kvm::{Error, Msi, SlotId};
+use crate::kvm::{Backing, Error, Msi, SlotId};
+use crate::memory::{ConfigPages, ECAM_START};
 
 #[derive(Default)]
 struct Ends {
@@ -16,8 +16,7 @@ struct Ends {
     routes: BTreeMap<u32, Msi>,
     lines: HashMap<i32, (EventFd, u32)>,
     doorbells: BTreeMap<u64, i32>,
-    /// Pages by slot, with their addresses.
-    pages: Vec<Option<(u64, Arc<MmapRegion>)>>,
+    config: Option<Arc<ConfigPages>>,
 }
 
 /// Stands for KVM: keeps what is wired to what.
@@ -43,13 +42,9 @@ impl TestWires {
         self.0.lock().unwrap().lines.len()
     }
 
-    /// What the guest reads at `gpa` without leaving.
-    pub fn shown(&self, gpa: u64) -> Option<[u8; 4096]> {
-        let ends = self.0.lock().unwrap();
-        let (_, page) = ends.pages.iter().flatten().find(|(at, _)| *at == gpa)?;
-        let mut bytes = [0; 4096];
-        page.get_slice(0, 4096).unwrap().copy_to(&mut bytes);
-        Some(bytes)
+    /// What the guest reads of configuration space without leaving.
+    pub fn shown(&self) -> Option<Arc<ConfigPages>> {
+        self.0.lock().unwrap().config.clone()
     }
 
     /// Where the guest's writes would ring.
@@ -113,17 +108,23 @@ impl Wires for TestWires {
         Ok(())
     }
 
-    fn show_registers(&self, gpa: u64, page: &Arc<MmapRegion>) -> Result<SlotId, Error> {
-        let mut ends = self.0.lock().unwrap();
-        ends.pages.push(Some((gpa, page.clone())));
-        Ok(SlotId(ends.pages.len() as u32 - 1))
+    fn show(&self, gpa: u64, backing: Backing) -> Result<SlotId, Error> {
+        let Backing::Config(pages) = backing else {
+            panic!("what is at {gpa:#x}?")
+        };
+        assert_eq!(gpa, ECAM_START);
+        assert!(
+            self.0.lock().unwrap().config.replace(pages).is_none(),
+            "shown twice"
+        );
+        Ok(SlotId(0))
     }
 
-    fn hide_registers(&self, slot: &SlotId) -> Result<(), Error> {
+    fn hide(&self, slot: &SlotId) -> Result<(), Error> {
+        assert_eq!(*slot, SlotId(0));
         assert!(
-            self.0.lock().unwrap().pages[slot.0 as usize]
-                .take()
-                .is_some()
+            self.0.lock().unwrap().config.take().is_some(),
+            "hidden twice"
         );
         Ok(())
     }

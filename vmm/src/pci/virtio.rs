@@ -20,8 +20,7 @@ use std::sync::Arc;
 use vm_memory::GuestMemoryMmap;
 
 use super::common::{CommonConfig, DeviceStatus};
-use super::config::{ConfigSpace, Identity};
-use super::mirror::Mirror;
+use super::config::{ConfigSpace, Identity, SIZE};
 use super::msix::{ENTRY, Msix};
 use super::signals::Signals;
 use super::wires::Wires;
@@ -73,19 +72,10 @@ pub enum Error {
     TooLarge(DeviceType),
 }
 
-/// Where a function lies at first.
-#[derive(Debug, Clone, Copy)]
-pub struct Place {
-    /// Its configuration space.
-    pub config: u64,
-    /// Its registers, a multiple of [`BAR_SIZE`].
-    pub bar: u64,
-}
-
 /// A virtio device as a PCI function.
 pub struct VirtioPci {
     config: ConfigSpace,
-    mirror: Mirror,
+    window_used: bool,
     msix: Msix,
     msix_capability: usize,
     window_capability: usize,
@@ -100,7 +90,7 @@ pub struct VirtioPci {
 }
 
 impl VirtioPci {
-    /// Makes a function of `device` at `place`.
+    /// Makes a function of `device`, its registers at `bar` (a multiple of [`BAR_SIZE`]).
     ///
     /// # Errors
     /// No descriptors left, or a device that is too large for one function.
@@ -109,7 +99,7 @@ impl VirtioPci {
         memory: Arc<GuestMemoryMmap>,
         wires: Arc<dyn Wires>,
         launcher: Arc<Launcher>,
-        place: Place,
+        bar: u64,
     ) -> Result<Self, Error> {
         let kind = device.device_type();
         let too_large = || Error::TooLarge(kind);
@@ -124,7 +114,7 @@ impl VirtioPci {
         let common = CommonConfig::new(&*device, memory, signals.clone())?;
 
         let mut config = ConfigSpace::new(&identity(kind));
-        config.add_bar(REGISTERS, place.bar, BAR_SIZE, false);
+        config.add_bar(REGISTERS, bar, BAR_SIZE, false);
         let structures = [
             (CFG_COMMON, COMMON, super::common::LENGTH),
             (CFG_ISR, ISR, 1),
@@ -173,10 +163,9 @@ impl VirtioPci {
             .add_capability(CAPABILITY_MSIX, &body, &[0, 0xc0])
             .ok_or_else(too_large)?;
 
-        let mirror = Mirror::new(place.config, &config, wires.clone())?;
         let mut function = Self {
             config,
-            mirror,
+            window_used: false,
             msix,
             msix_capability,
             window_capability,
@@ -189,7 +178,7 @@ impl VirtioPci {
         };
         // Before the first vCPU runs this is cheap; when the guest enables the BAR where it is,
         // nothing is left to do.
-        function.hang_doorbells(place.bar);
+        function.hang_doorbells(bar);
         Ok(function)
     }
 
@@ -211,14 +200,21 @@ impl VirtioPci {
         self.config.write(at, data);
         let window = self.window_capability;
         if at < window + WINDOW_LENGTH && at + data.len() > window {
-            self.mirror.withdraw();
+            self.window_used = true;
         }
-        self.mirror.renew(&self.config);
         let control = self.config.u16(self.msix_capability + 2);
         self.msix.set_control(control);
         if let Some(bar) = self.bar() {
             self.hang_doorbells(bar);
         }
+    }
+
+    /// All of configuration space that is not zero, if it may be read without us: not after the
+    /// guest has used the configuration access capability.
+    pub fn config_bytes(&self) -> Option<[u8; SIZE]> {
+        let mut bytes = [0; SIZE];
+        self.config.read(0, &mut bytes);
+        (!self.window_used).then_some(bytes)
     }
 
     /// Where the registers answer, if they do.

@@ -13,7 +13,6 @@ use crate::kvm::Msi;
 use crate::virtio::device::{ActivateError, Activation};
 
 const BAR: u64 = 0xc000_8000;
-const CONFIG: u64 = 0xe800_8000;
 const ACKNOWLEDGED: u8 = 3;
 const FEATURES_OK: u8 = 8;
 const DRIVER_OK: u8 = 4;
@@ -89,11 +88,7 @@ fn driver_of(probe: Probe) -> Driver {
     let ranges = [(GuestAddress(0), 1 << 20)];
     let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
     let launcher = Arc::new(Launcher::start().unwrap());
-    let place = Place {
-        config: CONFIG,
-        bar: BAR,
-    };
-    let function = VirtioPci::new(Box::new(probe), memory, wires.clone(), launcher, place).unwrap();
+    let function = VirtioPci::new(Box::new(probe), memory, wires.clone(), launcher, BAR).unwrap();
     let mut driver = Driver {
         function,
         wires,
@@ -473,26 +468,6 @@ fn shared_memory_is_announced_and_stays_where_it_is() {
     assert_eq!(shared.len(), 2);
     assert_eq!((shared[1].0, shared[1].1), (2, 1));
     assert_eq!(shared[1].2[..4], 0x4000_0000_u32.to_le_bytes());
-}
-
-#[test]
-fn configuration_space_is_shown_as_memory_until_the_window_is_used() {
-    let mut driver = Driver::new();
-    let shown = driver.wires.shown(CONFIG).unwrap();
-    assert_eq!(shown[..256], driver.config::<256>(0));
-    driver.set_config(0x10, &[0xff; 4]);
-    driver.enable_msix();
-    assert_eq!(
-        driver.wires.shown(CONFIG).unwrap()[..256],
-        driver.config::<256>(0)
-    );
-    let found = driver.capabilities();
-    let (at, ..) = *found
-        .iter()
-        .find(|c| c.1 == 9 && c.2[3] == CFG_PCI)
-        .unwrap();
-    driver.set_config(at + 8, &4_u32.to_le_bytes());
-    assert_eq!(driver.wires.shown(CONFIG), None);
 }
 
 #[test]

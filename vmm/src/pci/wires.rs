@@ -2,14 +2,11 @@
 //!
 //! KVM implements it; the transport's tests look at the wires themselves.
 
-use std::sync::Arc;
-
-use vm_memory::MmapRegion;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::{Backing, Error, Machine, Msi, SlotId};
 
-/// Interrupts by irqfd, doorbells by ioeventfd, registers that are read as memory.
+/// Interrupts by irqfd, doorbells by ioeventfd, memory.
 #[allow(
     missing_docs,
     reason = "each is the function of the same name of Machine"
@@ -21,8 +18,8 @@ pub trait Wires: Send + Sync {
     fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), Error>;
     fn add_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error>;
     fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> Result<(), Error>;
-    fn show_registers(&self, gpa: u64, page: &Arc<MmapRegion>) -> Result<SlotId, Error>;
-    fn hide_registers(&self, slot: &SlotId) -> Result<(), Error>;
+    fn show(&self, gpa: u64, backing: Backing) -> Result<SlotId, Error>;
+    fn hide(&self, slot: &SlotId) -> Result<(), Error>;
 }
 
 impl Wires for Machine {
@@ -50,11 +47,11 @@ impl Wires for Machine {
         self.remove_doorbell(gpa, event)
     }
 
-    fn show_registers(&self, gpa: u64, page: &Arc<MmapRegion>) -> Result<SlotId, Error> {
-        self.add_memory(gpa, Backing::Registers(page.clone()))
+    fn show(&self, gpa: u64, backing: Backing) -> Result<SlotId, Error> {
+        self.add_memory(gpa, backing)
     }
 
-    fn hide_registers(&self, slot: &SlotId) -> Result<(), Error> {
+    fn hide(&self, slot: &SlotId) -> Result<(), Error> {
         self.remove_memory(slot)
     }
 }
