@@ -174,7 +174,10 @@ impl Config {
     /// # Errors
     /// The file is not there, not TOML, has an unknown key or a value no pod can have.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let read = |source| Error::Read { path: path.into(), source };
+        let read = |source| Error::Read {
+            path: path.into(),
+            source,
+        };
         let metadata = std::fs::metadata(path).map_err(read)?;
         if !metadata.is_file() || metadata.len() > MAX_FILE {
             let reason = std::io::Error::other("not a regular file of at most 1 MiB");
@@ -196,7 +199,10 @@ impl Config {
                 let line = before.matches('\n').count() + 1;
                 message = format!("line {line}: {message}");
             }
-            Error::Syntax { path: path.into(), message }
+            Error::Syntax {
+                path: path.into(),
+                message,
+            }
         })?;
         config.check(path)?;
         Ok(config)
@@ -204,11 +210,21 @@ impl Config {
 
     /// The guest image that applies.
     pub fn guest_image(&self) -> &Path {
-        if self.debug { &self.debug_image } else { &self.image }
+        if self.debug {
+            &self.debug_image
+        } else {
+            &self.image
+        }
     }
 
     fn check(&self, path: &Path) -> Result<(), Error> {
-        let wrong = |key, reason: String| Err(Error::Value { path: path.into(), key, reason });
+        let wrong = |key, reason: String| {
+            Err(Error::Value {
+                path: path.into(),
+                key,
+                reason,
+            })
+        };
         for (key, value) in [
             ("vmm", Some(&self.vmm)),
             ("fs", Some(&self.fs)),
@@ -228,10 +244,16 @@ impl Config {
             return wrong("max_vcpus", format!("must be 1 to {MAX_VCPUS}"));
         }
         if !(1..=self.max_vcpus).contains(&self.vcpus) {
-            return wrong("vcpus", format!("must be 1 to max_vcpus ({})", self.max_vcpus));
+            return wrong(
+                "vcpus",
+                format!("must be 1 to max_vcpus ({})", self.max_vcpus),
+            );
         }
         if self.memory < MIN_MEMORY || self.memory % 2 != 0 {
-            return wrong("memory", format!("must be an even number of MiB, at least {MIN_MEMORY}"));
+            return wrong(
+                "memory",
+                format!("must be an even number of MiB, at least {MIN_MEMORY}"),
+            );
         }
         if self.memory_overhead % 2 != 0 {
             return wrong("memory_overhead", "must be an even number of MiB".into());
@@ -240,7 +262,10 @@ impl Config {
             return wrong("agent_timeout_s", "must be at least 1 second".into());
         }
         if self.kernel_args.len() > 1024 || self.kernel_args.contains(['\n', '\0']) {
-            return wrong("kernel_args", "must be one line of at most 1024 bytes".into());
+            return wrong(
+                "kernel_args",
+                "must be one line of at most 1024 bytes".into(),
+            );
         }
         Ok(())
     }
@@ -263,16 +288,35 @@ mod tests {
     #[test]
     fn the_installed_file_shows_the_defaults() {
         let file = include_str!("../../deploy/config.toml");
-        let is_key = |line: &&str| line.split_once(" = ").is_some_and(|(key, _)| !key.contains(' '));
-        let keys = file.lines().filter_map(|line| line.strip_prefix("# ")).filter(is_key);
+        let is_key = |line: &&str| {
+            line.split_once(" = ")
+                .is_some_and(|(key, _)| !key.contains(' '))
+        };
+        let keys = file
+            .lines()
+            .filter_map(|line| line.strip_prefix("# "))
+            .filter(is_key);
         let (text, shown): (String, Vec<_>) = keys
             .filter(|line| !line.starts_with("initrd = "))
-            .map(|line| (format!("{line}\n"), line.split(' ').next().unwrap_or_default()))
+            .map(|line| {
+                (
+                    format!("{line}\n"),
+                    line.split(' ').next().unwrap_or_default(),
+                )
+            })
             .unzip();
         assert_eq!(parse(&text).unwrap(), Config::default());
         let all = serde_json::to_value(Config::default()).unwrap();
-        for key in all.as_object().unwrap().keys().filter(|key| *key != "initrd") {
-            assert!(shown.contains(&key.as_str()), "deploy/config.toml does not show {key}");
+        for key in all
+            .as_object()
+            .unwrap()
+            .keys()
+            .filter(|key| *key != "initrd")
+        {
+            assert!(
+                shown.contains(&key.as_str()),
+                "deploy/config.toml does not show {key}"
+            );
         }
     }
 
@@ -291,7 +335,9 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_named_with_its_line() {
-        let message = parse("debug = false\nmemroy = 512\n").unwrap_err().to_string();
+        let message = parse("debug = false\nmemroy = 512\n")
+            .unwrap_err()
+            .to_string();
         assert!(message.starts_with("configuration c.toml: line 2: unknown field `memroy`"));
         assert!(!message.contains('\n'));
     }
@@ -311,7 +357,10 @@ mod tests {
             ("memory = \"big\"", "line 1: invalid type"),
         ] {
             let message = parse(text).unwrap_err().to_string();
-            assert!(message.starts_with(&format!("configuration c.toml: {key}")), "{message}");
+            assert!(
+                message.starts_with(&format!("configuration c.toml: {key}")),
+                "{message}"
+            );
         }
     }
 

@@ -126,7 +126,13 @@ pub fn send<T: Serialize>(socket: &impl AsRawFd, message: &T, fds: &[RawFd]) -> 
     let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
     let iov = [IoSlice::new(&bytes)];
     loop {
-        let sent = sendmsg::<()>(socket.as_raw_fd(), &iov, control, MsgFlags::MSG_NOSIGNAL, None);
+        let sent = sendmsg::<()>(
+            socket.as_raw_fd(),
+            &iov,
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
         match sent {
             Err(nix::Error::EINTR) => continue,
             Err(e) => return Err(e.into()),
@@ -156,10 +162,16 @@ pub fn receive<T: DeserializeOwned>(socket: &impl AsRawFd) -> Result<(T, Vec<Own
         if let ControlMessageOwned::ScmRights(raw) = message {
             // SAFETY: the kernel has just installed these descriptors for us and nobody else
             // knows of them.
-            fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            fds.extend(
+                raw.into_iter()
+                    .map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }),
+            );
         }
     }
-    if received.flags.intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC) {
+    if received
+        .flags
+        .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC)
+    {
         return Err(Error::TooLarge);
     }
     let length = received.bytes;
@@ -178,7 +190,13 @@ mod tests {
     use super::*;
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).unwrap()
+        socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -186,7 +204,12 @@ mod tests {
         let (a, b) = pair();
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"through the socket").unwrap();
-        send(&a, &Request::RemoveDevice { id: "net0".into() }, &[file.as_raw_fd()]).unwrap();
+        send(
+            &a,
+            &Request::RemoveDevice { id: "net0".into() },
+            &[file.as_raw_fd()],
+        )
+        .unwrap();
 
         let (request, mut fds) = receive::<Request>(&b).unwrap();
         assert_eq!(request, Request::RemoveDevice { id: "net0".into() });
@@ -210,7 +233,10 @@ mod tests {
     fn exit_causes_survive_their_status() {
         use crate::vm::ExitCause::*;
         for cause in [PowerOff, Reboot, GuestPanic, GuestCrash, Internal, Refused] {
-            assert_eq!(crate::vm::ExitCause::from_status(cause.status().into()), Some(cause));
+            assert_eq!(
+                crate::vm::ExitCause::from_status(cause.status().into()),
+                Some(cause)
+            );
         }
         assert_eq!(crate::vm::ExitCause::from_status(1), None);
     }

@@ -53,12 +53,17 @@ impl Image {
     pub fn read(path: &Path) -> Result<Self, Error> {
         let file = File::open(path)?;
         let found = file.metadata()?.len();
-        let Some(at) = found.checked_sub(TRAILER as u64) else { return Err(Error::NoTrailer) };
+        let Some(at) = found.checked_sub(TRAILER as u64) else {
+            return Err(Error::NoTrailer);
+        };
         let mut trailer = vec![0; TRAILER];
         file.read_exact_at(&mut trailer, at)?;
         let image = Self::parse(&trailer).ok_or(Error::NoTrailer)?;
         if image.size != found || found % ALIGNMENT != 0 {
-            return Err(Error::Length { expected: image.size, found });
+            return Err(Error::Length {
+                expected: image.size,
+                found,
+            });
         }
         Ok(image)
     }
@@ -79,7 +84,11 @@ impl Image {
                 _ => {}
             }
         }
-        Some(Self { version: version?, variant: variant?, size: size? })
+        Some(Self {
+            version: version?,
+            variant: variant?,
+            size: size?,
+        })
     }
 }
 
@@ -92,7 +101,9 @@ mod tests {
     fn file(length: u64, trailer: &str) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len(length).unwrap();
-        file.as_file().write_all_at(trailer.as_bytes(), length - TRAILER as u64).unwrap();
+        file.as_file()
+            .write_all_at(trailer.as_bytes(), length - TRAILER as u64)
+            .unwrap();
         file.flush().unwrap();
         file
     }
@@ -102,18 +113,30 @@ mod tests {
     #[test]
     fn a_whole_image_tells_its_version() {
         let image = Image::read(file(4 << 20, TEXT).path()).unwrap();
-        let expected =
-            Image { version: "0.3.1".into(), variant: "debug".into(), size: 4 << 20 };
+        let expected = Image {
+            version: "0.3.1".into(),
+            variant: "debug".into(),
+            size: 4 << 20,
+        };
         assert_eq!(image, expected);
     }
 
     #[test]
     fn other_lengths_and_other_files_are_refused() {
         let longer = Image::read(file(6 << 20, TEXT).path());
-        assert!(matches!(longer, Err(Error::Length { expected: 4194304, found: 6291456 })));
+        assert!(matches!(
+            longer,
+            Err(Error::Length {
+                expected: 4194304,
+                found: 6291456
+            })
+        ));
         let truncated = file(4 << 20, TEXT);
         truncated.as_file().set_len(2 << 20).unwrap();
-        assert!(matches!(Image::read(truncated.path()), Err(Error::NoTrailer)));
+        assert!(matches!(
+            Image::read(truncated.path()),
+            Err(Error::NoTrailer)
+        ));
         let empty = tempfile::NamedTempFile::new().unwrap();
         assert!(matches!(Image::read(empty.path()), Err(Error::NoTrailer)));
         let missing = Image::read(Path::new("/nonexistent/guest.erofs"));
