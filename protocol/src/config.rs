@@ -249,13 +249,13 @@ impl Config {
                 format!("must be 1 to max_vcpus ({})", self.max_vcpus),
             );
         }
-        if self.memory < MIN_MEMORY || self.memory % 2 != 0 {
+        if self.memory < MIN_MEMORY || !self.memory.is_multiple_of(2) {
             return wrong(
                 "memory",
                 format!("must be an even number of MiB, at least {MIN_MEMORY}"),
             );
         }
-        if self.memory_overhead % 2 != 0 {
+        if !self.memory_overhead.is_multiple_of(2) {
             return wrong("memory_overhead", "must be an even number of MiB".into());
         }
         if self.agent_timeout_s == 0 {
