@@ -279,16 +279,21 @@ fn a_paused_counter_stands_still() {
 #[ignore = "needs a bed: tests/run"]
 fn containerd_lists_the_processes() {
     let bed = Bed::get();
-    let container = bed.ctr_start(
-        &[],
-        &bed.busybox(),
-        &["sh", "-c", "sleep 1000 & sleep 1001; exit"],
-    );
-    eventually("its processes are told", seconds(20), || {
-        let listed = container.task("ps", &[]).success().out();
-        // A head line and a line for each process: the shell and two sleeps.
-        (listed.lines().count() == 4).then_some(())
-    });
+    let container = idle(&bed);
+    // With a runtime of virtual machines these are the pod's processes on the host: the numbers
+    // inside the guest would name strangers to whoever looks them up here.
+    let listed = container.task("ps", &[]).success().out();
+    let pids: Vec<&str> = listed
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .collect();
+    assert!(!pids.is_empty(), "no process in {listed:?}");
+    for pid in pids {
+        bed.command(["test", "-d", &format!("/proc/{pid}")])
+            .run()
+            .success();
+    }
 }
 
 #[test]
