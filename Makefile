@@ -23,8 +23,9 @@ programs: deps
 kernel: deps
 	kernel-config/build all
 
+# The agent of this build: cargo would build another for a single crate's choice of features.
 image: programs
-	rootfs/build all
+	rootfs/build --agent $(BIN)/sepal-agent all
 
 ## install: put what was built under /opt/sepal and the shim on containerd's PATH
 install: build
