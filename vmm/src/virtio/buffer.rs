@@ -178,11 +178,6 @@ impl<'m> Reader<'m> {
         Self(self.0.take(count))
     }
 
-    /// Passes over the next `count` bytes, or all there are.
-    pub fn skip(&mut self, count: usize) {
-        self.0.consume(count.min(self.0.len));
-    }
-
     /// Writes to a file, at most [`MAX_SEGMENTS`] buffers, and consumes what was written.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Feature bits that every device here offers (virtio 1.2, section 6).
 
 /// VIRTIO_F_VERSION_1: offered and insisted on by the transport.
+#[cfg(test)]
 pub const VERSION_1: u64 = 1 << 32;
 /// VIRTIO_F_INDIRECT_DESC: a chain may live in a table of its own.
 pub const INDIRECT_DESC: u64 = 1 << 28;

@@ -62,7 +62,8 @@ impl Image {
         self.mapping.size() as u64
     }
 
-    /// Copies out what the guest sees at `offset`.
+    /// Copies out what the guest sees at `offset`, for tests.
+    #[cfg(test)]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> usize {
         self.mapping.read(offset, into)
     }

@@ -100,7 +100,8 @@ impl SharedMapping {
         self.size
     }
 
-    /// Copies out what is mapped at `offset`; how much is the smaller of both lengths.
+    /// What a guest would see, for tests: copies out what is mapped at `offset`; how much is the smaller of both lengths.
+    #[cfg(test)]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> usize {
         let count = self.size.saturating_sub(offset).min(into.len());
         // SAFETY: offset + count <= size; the source is mapped readable for the life of `self`.

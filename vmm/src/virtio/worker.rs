@@ -83,14 +83,6 @@ impl Waits {
         Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
     }
 
-    /// Watches a descriptor that is watched already for other events.
-    ///
-    /// # Errors
-    /// epoll_ctl(2).
-    pub fn modify(&self, fd: impl AsFd, flags: EpollFlags, token: u64) -> io::Result<()> {
-        Ok(self.epoll.modify(fd, &mut EpollEvent::new(flags, token))?)
-    }
-
     /// Watches a descriptor no more. One that was not watched is let be.
     pub fn remove(&self, fd: impl AsFd) {
         let _ = self.epoll.delete(fd);

@@ -17,7 +17,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
 use nix::sys::epoll::EpollFlags;
@@ -158,11 +158,6 @@ impl Connection {
         let mut connection = Self::new(ports, stream, State::Open, Op::Response);
         connection.take_credit(request);
         connection
-    }
-
-    /// For epoll.
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.stream.as_fd()
     }
 
     /// Nothing is left to do.
