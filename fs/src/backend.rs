@@ -8,7 +8,7 @@
 //! The guest is hostile. A chain that is no request is given back unanswered and the queue goes on;
 //! only this guest has the loss.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::sync::{Arc, RwLock};
 
 use log::{debug, warn};
@@ -19,14 +19,18 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, QueueOwnedT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
+use virtiofsd::filesystem::Context;
+use virtiofsd::fuse::{CreateIn, EntryOut, InHeader, OpenOut, OutHeader};
 use virtiofsd::server::Server;
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{
+    ByteValued, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
+};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
 };
 
-use crate::share::Files;
+use crate::files::Files;
 use crate::workers::Workers;
 
 /// Guest RAM as the front end shares it.
@@ -42,6 +46,8 @@ const QUEUES: usize = 2;
 /// Requests that wait for a disk by their nature (`enum fuse_opcode` of linux/fuse.h): fsync,
 /// fsyncdir, fallocate, copy_file_range, syncfs.
 const SLOW: [u32; 5] = [20, 30, 43, 47, 50];
+/// Making a file without a name, which virtiofsd's server does not know.
+const TMPFILE: u32 = 51;
 /// Reads and writes: their length tells how long they take.
 const READ: u32 = 15;
 const WRITE: u32 = 16;
@@ -50,9 +56,15 @@ const LARGE: u32 = 64 * 1024;
 
 /// See the module.
 pub struct Backend {
-    server: Arc<Server<Files>>,
+    service: Arc<Service>,
     workers: Workers,
     queues: RwLock<Queues>,
+}
+
+/// What answers requests.
+struct Service {
+    server: Server<Files>,
+    files: Files,
 }
 
 #[derive(Default)]
@@ -66,7 +78,10 @@ impl Backend {
     /// A back end for this file system with at most so many worker threads.
     pub fn new(files: Files, threads: usize) -> Self {
         Self {
-            server: Arc::new(Server::new(files)),
+            service: Arc::new(Service {
+                server: Server::new(files.clone()),
+                files,
+            }),
             workers: Workers::new(threads),
             queues: RwLock::default(),
         }
@@ -87,15 +102,20 @@ impl Backend {
         let any = !chains.is_empty();
         let mut mine: Option<Chain> = None;
         for chain in chains {
-            let other = if is_slow(memory, &chain) { Some(chain) } else { mine.replace(chain) };
+            let other = if is_slow(memory, &chain) {
+                Some(chain)
+            } else {
+                mine.replace(chain)
+            };
             if let Some(chain) = other {
-                let (server, vring) = (self.server.clone(), vring.clone());
+                let (service, vring) = (self.service.clone(), vring.clone());
                 let memory = memory.clone();
-                self.workers.run(move || answer(&server, &vring, &memory, chain, event_idx));
+                self.workers
+                    .run(move || answer(&service, &vring, &memory, chain, event_idx));
             }
         }
         if let Some(chain) = mine {
-            answer(&self.server, vring, memory, chain, event_idx);
+            answer(&self.service, vring, memory, chain, event_idx);
         }
         any
     }
@@ -104,12 +124,16 @@ impl Backend {
 /// Whether a request may take long, judged by its header. What is no request is quick to refuse.
 fn is_slow(memory: &GuestMemoryAtomic<Memory>, chain: &Chain) -> bool {
     let memory = memory.memory();
-    let Ok(mut reader) = Reader::new(&memory, chain.clone()) else { return false };
+    let Ok(mut reader) = Reader::new(&memory, chain.clone()) else {
+        return false;
+    };
     let mut header = [0_u8; 8];
     if reader.read_exact(&mut header).is_err() {
         return false;
     }
-    let word = |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+    let word = |at: usize| {
+        u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+    };
     match word(4) {
         WRITE => word(0) >= LARGE,
         READ => Writer::new(&memory, chain.clone())
@@ -120,14 +144,14 @@ fn is_slow(memory: &GuestMemoryAtomic<Memory>, chain: &Chain) -> bool {
 
 /// Answers one request and gives its chain back.
 fn answer(
-    server: &Server<Files>,
+    service: &Service,
     vring: &Vring,
     memory: &GuestMemoryAtomic<Memory>,
     chain: Chain,
     event_idx: bool,
 ) {
     let head = chain.head_index();
-    let written = match execute(server, &memory.memory(), chain) {
+    let written = match service.execute(&memory.memory(), chain) {
         Ok(written) => u32::try_from(written).unwrap_or(u32::MAX),
         Err(reason) => {
             warn!("the guest sent what is no request: {reason}");
@@ -147,11 +171,61 @@ fn answer(
     }
 }
 
-fn execute(server: &Server<Files>, memory: &Memory, chain: Chain) -> Result<usize, String> {
-    let reader = Reader::new(memory, chain.clone()).map_err(|e| e.to_string())?;
-    let writer = Writer::new(memory, chain).map_err(|e| e.to_string())?;
-    // No window of directly mapped file pages: no requests to the front end.
-    server.handle_message(reader, writer, None::<&mut ()>).map_err(|e| e.to_string())
+impl Service {
+    /// Answers how many bytes were written into the chain.
+    fn execute(&self, memory: &Memory, chain: Chain) -> Result<usize, String> {
+        let reader = Reader::new(memory, chain.clone()).map_err(|e| e.to_string())?;
+        let writer = Writer::new(memory, chain).map_err(|e| e.to_string())?;
+        let mut ahead = reader.clone();
+        if let Ok(header) = ahead.read_obj::<InHeader>()
+            && header.opcode == TMPFILE
+        {
+            return self
+                .create_unnamed(header, ahead, writer)
+                .map_err(|e| e.to_string());
+        }
+        // No window of directly mapped file pages: no requests to the front end.
+        self.server
+            .handle_message(reader, writer, None::<&mut ()>)
+            .map_err(|e| e.to_string())
+    }
+
+    /// FUSE_TMPFILE: the request is that of FUSE_CREATE, whose name means nothing here.
+    fn create_unnamed(
+        &self,
+        header: InHeader,
+        mut request: Reader<'_>,
+        mut reply: Writer<'_>,
+    ) -> io::Result<usize> {
+        let asked = request.read_obj::<CreateIn>()?;
+        let mut out = OutHeader {
+            len: 0,
+            error: 0,
+            unique: header.unique,
+        };
+        let mut body = Vec::new();
+        match self
+            .files
+            .create_unnamed(Context::from(header), header.nodeid, &asked)
+        {
+            Ok((entry, fh)) => {
+                body.extend_from_slice(EntryOut::from(entry).as_slice());
+                body.extend_from_slice(
+                    OpenOut {
+                        fh,
+                        ..OpenOut::default()
+                    }
+                    .as_slice(),
+                );
+            }
+            Err(error) => out.error = -error.raw_os_error().unwrap_or(libc::EIO),
+        }
+        let length = size_of::<OutHeader>() + body.len();
+        out.len = u32::try_from(length).unwrap_or(u32::MAX);
+        reply.write_all(out.as_slice())?;
+        reply.write_all(&body)?;
+        Ok(length)
+    }
 }
 
 impl VhostUserBackend for Backend {
@@ -196,13 +270,20 @@ impl VhostUserBackend for Backend {
         _thread: usize,
     ) -> io::Result<()> {
         let Some(vring) = vrings.get(usize::from(queue)) else {
-            return Err(io::Error::other(format!("an event for queue {queue}, which is not")));
+            return Err(io::Error::other(format!(
+                "an event for queue {queue}, which is not"
+            )));
         };
         if !events.contains(EventSet::IN) {
-            return Err(io::Error::other(format!("queue {queue}: unexpected event {events:?}")));
+            return Err(io::Error::other(format!(
+                "queue {queue}: unexpected event {events:?}"
+            )));
         }
         let (memory, event_idx) = {
-            let queues = self.queues.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+            let queues = self
+                .queues
+                .read()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
             (queues.memory.clone(), queues.event_idx)
         };
         let Some(memory) = memory else {
@@ -230,6 +311,11 @@ impl VhostUserBackend for Backend {
 
 impl Backend {
     fn change(&self, change: impl FnOnce(&mut Queues)) {
-        change(&mut self.queues.write().unwrap_or_else(|poisoned| poisoned.into_inner()));
+        change(
+            &mut self
+                .queues
+                .write()
+                .unwrap_or_else(|poisoned| poisoned.into_inner()),
+        );
     }
 }

@@ -54,8 +54,12 @@ pub struct Proc {
 /// The share is not a shared mount point, or the kernel refuses a step.
 pub fn enter(share: &Path) -> anyhow::Result<Proc> {
     let shown = share.display();
-    let directory = open(share, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .with_context(|| format!("cannot open the share {shown}"))?;
+    let directory = open(
+        share,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .with_context(|| format!("cannot open the share {shown}"))?;
     check_shared(&directory).with_context(|| format!("cannot serve {shown}"))?;
 
     let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
@@ -63,14 +67,22 @@ pub fn enter(share: &Path) -> anyhow::Result<Proc> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
         .context("cannot make the mounts private")?;
-    let proc_self = open("/proc/self", OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty())
-        .context("cannot open /proc/self")?;
+    let proc_self = open(
+        "/proc/self",
+        OFlag::O_PATH | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .context("cannot open /proc/self")?;
     let fds = CString::new(format!("/proc/{}/fd", std::process::id()))?;
     let descriptors = sys::detached_tree(&fds).context("cannot clone /proc/self/fd")?;
 
     // The directory opened above belongs to the mount namespace that we have left.
-    let root = open(share, OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC, Mode::empty())
-        .with_context(|| format!("cannot open the share {shown}"))?;
+    let root = open(
+        share,
+        OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .with_context(|| format!("cannot open the share {shown}"))?;
     fchdir(&root).context("cannot enter the share")?;
     pivot_root(".", ".").context("cannot make the share the root directory")?;
     // The old root now lies on top of the new one.
@@ -78,15 +90,27 @@ pub fn enter(share: &Path) -> anyhow::Result<Proc> {
     fchdir(&root).context("cannot enter the share")?;
 
     // Only now: the file shows the mounts below the root directory at the time it is opened.
-    let mounts = openat(&proc_self, "mountinfo", OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty())
-        .context("cannot open /proc/self/mountinfo")?;
-    Ok(Proc { descriptors, mounts: mounts.into() })
+    let mounts = openat(
+        &proc_self,
+        "mountinfo",
+        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .context("cannot open /proc/self/mountinfo")?;
+    Ok(Proc {
+        descriptors,
+        mounts: mounts.into(),
+    })
 }
 
 /// Refuses a share into which later mounts would not propagate.
 fn check_shared(directory: &impl AsFd) -> anyhow::Result<()> {
-    let mount = sys::mount_of(directory).context("the kernel does not tell its mount (Linux 5.8)")?;
-    ensure!(mount.is_root, "it is not a mount point (mount --bind it onto itself)");
+    let mount =
+        sys::mount_of(directory).context("the kernel does not tell its mount (Linux 5.8)")?;
+    ensure!(
+        mount.is_root,
+        "it is not a mount point (mount --bind it onto itself)"
+    );
     let mountinfo = File::open("/proc/self/mountinfo").context("cannot read the mounts")?;
     match propagation(BufReader::new(mountinfo), mount.id)? {
         Some(true) => Ok(()),
@@ -118,8 +142,12 @@ fn propagation(mountinfo: impl Read + BufRead, id: u64) -> std::io::Result<Optio
 /// The process lacks a needed capability, or may not drop the others.
 pub fn drop_privileges() -> anyhow::Result<()> {
     capng::clear(Set::BOTH);
-    capng::updatev(Action::ADD, Type::PERMITTED | Type::EFFECTIVE, CAPABILITIES.to_vec())
-        .context("cannot choose capabilities")?;
+    capng::updatev(
+        Action::ADD,
+        Type::PERMITTED | Type::EFFECTIVE,
+        CAPABILITIES.to_vec(),
+    )
+    .context("cannot choose capabilities")?;
     capng::apply(Set::BOTH).context("cannot drop capabilities (root is needed)")?;
     prctl::set_no_new_privs().context("cannot set no_new_privs")?;
     prctl::set_dumpable(false).context("cannot make the process undumpable")?;
@@ -138,9 +166,13 @@ mod tests {
 
     #[test]
     fn propagation_is_read_from_the_optional_fields_only() {
-        for (id, expected) in
-            [(22, Some(true)), (30, Some(true)), (31, Some(false)), (32, Some(false)), (2, None)]
-        {
+        for (id, expected) in [
+            (22, Some(true)),
+            (30, Some(true)),
+            (31, Some(false)),
+            (32, Some(false)),
+            (2, None),
+        ] {
             assert_eq!(propagation(MOUNTINFO, id).unwrap(), expected, "mount {id}");
         }
     }

@@ -115,8 +115,12 @@ const PLAIN: &[c_long] = &[
 ];
 
 /// prctl(2): naming a thread, naming memory (the C library does), looking at capabilities.
-const PRCTL: [i32; 4] =
-    [libc::PR_SET_NAME, libc::PR_SET_VMA, libc::PR_CAPBSET_READ, libc::PR_CAP_AMBIENT];
+const PRCTL: [i32; 4] = [
+    libc::PR_SET_NAME,
+    libc::PR_SET_VMA,
+    libc::PR_CAPBSET_READ,
+    libc::PR_CAP_AMBIENT,
+];
 
 /// Installs the filter for this thread and all that it starts.
 ///
@@ -131,13 +135,20 @@ fn program() -> anyhow::Result<BpfProgram> {
     let mut rules: Vec<(i64, Vec<SeccompRule>)> =
         PLAIN.iter().map(|&call| (call, Vec::new())).collect();
     let argument = |index, op, value| -> anyhow::Result<SeccompRule> {
-        Ok(SeccompRule::new(vec![SeccompCondition::new(index, Len::Dword, op, value)?])?)
+        Ok(SeccompRule::new(vec![SeccompCondition::new(
+            index,
+            Len::Dword,
+            op,
+            value,
+        )?])?)
     };
     let not_executable = Op::MaskedEq(libc::PROT_EXEC as u64);
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.push((call, vec![argument(2, not_executable.clone(), 0)?]));
     }
-    let prctl = PRCTL.iter().map(|&option| argument(0, Op::Eq, option as u64));
+    let prctl = PRCTL
+        .iter()
+        .map(|&option| argument(0, Op::Eq, option as u64));
     rules.push((libc::SYS_prctl, prctl.collect::<Result<_, _>>()?));
     // A working directory of its own for each request thread.
     let own_directory = argument(0, Op::Eq, libc::CLONE_FS as u64)?;

@@ -15,7 +15,12 @@ impl Log for Stderr {
         if self.enabled(record.metadata()) {
             // One write per line, so that lines of different threads stay whole. With standard
             // error gone there is nobody left to tell.
-            let line = format!("{} {}: {}\n", record.level(), record.target(), record.args());
+            let line = format!(
+                "{} {}: {}\n",
+                record.level(),
+                record.target(),
+                record.args()
+            );
             let _ = std::io::stderr().write_all(line.as_bytes());
         }
     }

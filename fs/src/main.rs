@@ -2,8 +2,8 @@
 //!
 //! The shim starts one per pod, hands it a listening Unix socket and the pod's share, and passes the
 //! connected end to the VMM, whose virtio-fs device is the vhost-user front end. The program serves
-//! that one front end and ends with it. File operations are those of the `virtiofsd` crate; what is
-//! ours is how the process is confined ([`confine`], [`filter`]), configured ([`share`]) and tied to
+//! that one front end and ends with it. File operations are those of the `virtiofsd` crate, but for
+//! files without a name ([`files`], [`unnamed`]); what else is ours is how the process is confined ([`confine`], [`filter`]), configured ([`share`]) and tied to
 //! its pod ([`serve`]); how requests
 //! come in and answers go out ([`backend`], [`workers`]).
 //!
@@ -12,11 +12,13 @@
 
 mod backend;
 mod confine;
+mod files;
 mod filter;
 mod logger;
 mod serve;
 mod share;
 mod sys;
+mod unnamed;
 mod workers;
 
 use std::os::fd::RawFd;

@@ -13,7 +13,7 @@ use vhost_user_backend::{Error as DaemonError, VhostUserDaemon};
 use vm_memory::GuestMemoryAtomic;
 
 use crate::backend::{Backend, Memory};
-use crate::share::Files;
+use crate::files::Files;
 
 /// Threads unless told otherwise.
 pub const DEFAULT_THREADS: u8 = 4;
@@ -44,7 +44,10 @@ pub fn serve(
     await_front_end(&listener, &parent)?;
     drop(parent);
     let mut listener = Listener::from(listener);
-    daemon.start(&mut listener).map_err(shown).context("cannot accept the front end")?;
+    daemon
+        .start(&mut listener)
+        .map_err(shown)
+        .context("cannot accept the front end")?;
     info!("front end connected");
     match daemon.wait() {
         Ok(())
@@ -61,14 +64,19 @@ pub fn serve(
 }
 
 fn await_front_end(listener: &UnixListener, parent: &OwnedFd) -> anyhow::Result<()> {
-    let mut fds =
-        [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(parent.as_fd(), PollFlags::POLLIN)];
+    let mut fds = [
+        PollFd::new(listener.as_fd(), PollFlags::POLLIN),
+        PollFd::new(parent.as_fd(), PollFlags::POLLIN),
+    ];
     let timeout = PollTimeout::try_from(ACCEPT_TIMEOUT).unwrap_or(PollTimeout::MAX);
     loop {
         match poll(&mut fds, timeout) {
             Err(nix::Error::EINTR) => continue,
             Err(error) => return Err(error).context("cannot wait for the front end"),
-            Ok(0) => bail!("no front end connected within {} s", ACCEPT_TIMEOUT.as_secs()),
+            Ok(0) => bail!(
+                "no front end connected within {} s",
+                ACCEPT_TIMEOUT.as_secs()
+            ),
             Ok(_) if fds[0].any() == Some(true) => return Ok(()),
             Ok(_) => bail!("the parent process ended before a front end connected"),
         }

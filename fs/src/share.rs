@@ -9,13 +9,13 @@ use virtiofsd::passthrough::{
 };
 
 use crate::confine::Proc;
-
-/// The file system that is served.
-pub type Files = PassthroughFs;
+use crate::files::Files;
 
 /// Descriptors kept back from the guest: sockets, eventfds, memory regions, mounts, and one in
 /// flight per thread.
 const RESERVED_DESCRIPTORS: u64 = 64;
+/// And this part of them for files without a name, which are ours.
+const UNNAMED_SHARE: u64 = 8;
 /// Below this many descriptors a container could not even start.
 const LEAST_DESCRIPTORS: u64 = 512;
 /// How long the guest trusts a name or attributes before it asks again.
@@ -34,7 +34,8 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 /// # Errors
 /// The limit is too low for any container.
 pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the descriptor limit")?;
+    let (_, hard) =
+        getrlimit(Resource::RLIMIT_NOFILE).context("cannot read the descriptor limit")?;
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open")
         .ok()
         .and_then(|text| text.trim().parse().ok())
@@ -57,6 +58,11 @@ pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
 /// # Errors
 /// File handles cannot be opened.
 pub fn file_system(proc: Proc, descriptors: u64, threads: u8) -> anyhow::Result<Files> {
+    let ours = proc
+        .descriptors
+        .try_clone()
+        .context("cannot copy a descriptor")?;
+    let reserved = RESERVED_DESCRIPTORS + u64::from(threads) + descriptors / UNNAMED_SHARE;
     let config = Config {
         entry_timeout: TIMEOUT,
         attr_timeout: TIMEOUT,
@@ -87,8 +93,9 @@ pub fn file_system(proc: Proc, descriptors: u64, threads: u8) -> anyhow::Result<
         allow_direct_io: false,
         // Files of other owners in a volume must stay readable for programs that ask for it.
         clean_noatime: true,
-        guest_fd_limit: descriptors - RESERVED_DESCRIPTORS - u64::from(threads),
+        guest_fd_limit: descriptors - reserved,
         ..Config::default()
     };
-    PassthroughFs::new(config).context("cannot serve the share")
+    let fs = PassthroughFs::new(config).context("cannot serve the share")?;
+    Ok(Files::new(fs, ours, descriptors / UNNAMED_SHARE, TIMEOUT))
 }

@@ -6,7 +6,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
-use nix::sys::socket::{AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt};
+use nix::sys::socket::{
+    AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
+};
 
 /// Takes over an inherited listening Unix stream socket.
 ///
@@ -90,5 +92,8 @@ pub fn mount_of(directory: &impl AsFd) -> io::Result<MountOf> {
         return Err(io::ErrorKind::Unsupported.into());
     }
     let root = libc::STATX_ATTR_MOUNT_ROOT as u64;
-    Ok(MountOf { id: found.stx_mnt_id, is_root: found.stx_attributes & root != 0 })
+    Ok(MountOf {
+        id: found.stx_mnt_id,
+        is_root: found.stx_attributes & root != 0,
+    })
 }

@@ -35,7 +35,10 @@ struct State {
 impl Workers {
     /// At most so many threads; with none, jobs run where they are handed over.
     pub fn new(most: usize) -> Self {
-        Self { shared: Arc::default(), most }
+        Self {
+            shared: Arc::default(),
+            most,
+        }
     }
 
     /// Runs a job on a thread that is idle, or a new one; when all are busy, as soon as one is not.
@@ -54,7 +57,10 @@ impl Workers {
         drop(state);
         let shared = self.shared.clone();
         let name = "request".to_owned();
-        if let Err(error) = std::thread::Builder::new().name(name).spawn(move || shared.work()) {
+        if let Err(error) = std::thread::Builder::new()
+            .name(name)
+            .spawn(move || shared.work())
+        {
             warn!("cannot start a request thread: {error}");
             let mut state = self.shared.lock();
             state.threads -= 1;
@@ -71,7 +77,9 @@ impl Workers {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.state
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     fn work(&self) {
@@ -130,7 +138,10 @@ mod tests {
         let first = starts.recv_timeout(IDLE).unwrap();
         let second = starts.recv_timeout(IDLE).unwrap();
         assert_ne!(first, second);
-        assert!(starts.recv_timeout(Duration::from_millis(50)).is_err(), "a third runs already");
+        assert!(
+            starts.recv_timeout(Duration::from_millis(50)).is_err(),
+            "a third runs already"
+        );
         drop(releases.swap_remove(first));
         assert_eq!(starts.recv_timeout(IDLE).unwrap(), 2);
     }

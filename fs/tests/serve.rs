@@ -1,0 +1,382 @@
+//! The file server as a guest and its host see it: the program itself, confined as in a pod, behind
+//! real rings. Needs root.
+
+mod guest;
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+
+use guest::*;
+
+#[test]
+fn what_the_guest_creates_is_on_the_host_with_the_guests_owner() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    std::fs::create_dir(share.path().join("home")).unwrap();
+    std::os::unix::fs::chown(share.path().join("home"), Some(1000), Some(1001)).unwrap();
+
+    let home = guest.lookup(ROOT, "home").unwrap().node;
+    (guest.uid, guest.gid) = (1000, 1001);
+    let (file, handle) = guest.create(home, "notes", 0o640).unwrap();
+    assert_eq!((file.attr.uid, file.attr.gid), (1000, 1001));
+    assert_eq!(guest.write(file.node, handle, 0, b"from the guest"), Ok(14));
+    assert_eq!(guest.read(file.node, handle, 5, 100).unwrap(), b"the guest");
+    guest
+        .call(FSYNC, file.node, &longs(&[handle, 0]), 0)
+        .unwrap();
+    guest
+        .call(RELEASE, file.node, &longs(&[handle, 0, 0]), 0)
+        .unwrap();
+
+    let host = share.path().join("home/notes");
+    let metadata = host.metadata().unwrap();
+    assert_eq!(metadata.ino(), file.attr.ino);
+    assert_eq!((metadata.uid(), metadata.gid()), (1000, 1001));
+    assert_eq!(metadata.permissions().mode() & 0o7777, 0o640);
+    assert_eq!(std::fs::read(&host).unwrap(), b"from the guest");
+
+    std::fs::write(&host, "from the host").unwrap();
+    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert_eq!(
+        guest.read(file.node, handle, 0, 100).unwrap(),
+        b"from the host"
+    );
+}
+
+#[test]
+fn links_special_files_attributes_and_renames_are_the_hosts() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let path = |name: &str| share.path().join(name);
+
+    guest
+        .call(SYMLINK, ROOT, &names(&["soft", "to/where"]), Entry::LENGTH)
+        .unwrap();
+    assert_eq!(
+        std::fs::read_link(path("soft")).unwrap().to_str(),
+        Some("to/where")
+    );
+    let soft = guest.lookup(ROOT, "soft").unwrap().node;
+    assert_eq!(guest.call(READLINK, soft, &[], 4096).unwrap(), b"to/where");
+
+    let (file, handle) = guest.create(ROOT, "one", 0o600).unwrap();
+    let mut link = longs(&[file.node]);
+    link.extend(names(&["two"]));
+    let linked = Entry::parse(&guest.call(LINK, ROOT, &link, Entry::LENGTH).unwrap());
+    assert_eq!((linked.node, linked.attr.nlink), (file.node, 2));
+
+    for (name, kind) in [
+        ("pipe", libc::S_IFIFO),
+        ("device", libc::S_IFCHR),
+        ("socket", libc::S_IFSOCK),
+    ] {
+        let mut node = words(&[kind | 0o644, 0x103, 0, 0]);
+        node.extend(names(&[name]));
+        let entry = Entry::parse(&guest.call(MKNOD, ROOT, &node, Entry::LENGTH).unwrap());
+        assert_eq!(
+            (entry.attr.mode, entry.attr.rdev),
+            (kind | 0o644, 0x103 * u32::from(name == "device"))
+        );
+    }
+    assert!(path("pipe").metadata().unwrap().file_type().is_fifo());
+    assert_eq!(path("device").metadata().unwrap().rdev(), 0x103);
+    assert!(path("socket").metadata().unwrap().file_type().is_socket());
+
+    let mut set = words(&[5, 0, 0, 0]);
+    set.extend(names(&["user.colour"]));
+    set.extend(b"green");
+    guest.call(SETXATTR, file.node, &set, 0).unwrap();
+    let mut get = words(&[100, 0]);
+    get.extend(names(&["user.colour"]));
+    assert_eq!(
+        guest.call(GETXATTR, file.node, &get, 100).unwrap(),
+        b"green"
+    );
+
+    // Exchange, then hole: RENAME_EXCHANGE; 1 MiB of nothing with a byte behind it; SEEK_DATA.
+    std::fs::write(path("other"), "other").unwrap();
+    let mut exchange = longs(&[ROOT]);
+    exchange.extend(words(&[libc::RENAME_EXCHANGE, 0]));
+    exchange.extend(names(&["one", "other"]));
+    guest.call(RENAME2, ROOT, &exchange, 0).unwrap();
+    assert_eq!(std::fs::read(path("one")).unwrap(), b"other");
+    guest.write(file.node, handle, 1 << 20, b"x").unwrap();
+    let seek = [longs(&[handle, 0]), words(&[libc::SEEK_DATA as u32, 0])].concat();
+    assert_eq!(
+        u64_at(&guest.call(LSEEK, file.node, &seek, 8).unwrap(), 0),
+        1 << 20
+    );
+    let allocate = [longs(&[handle, 0, 8192]), words(&[0, 0])].concat();
+    guest.call(FALLOCATE, file.node, &allocate, 0).unwrap();
+    assert!(path("other").metadata().unwrap().blocks() >= 16);
+}
+
+#[test]
+fn a_write_takes_setuid_away() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let (file, handle) = guest.create(ROOT, "tool", 0o755).unwrap();
+    let tool = share.path().join("tool");
+    std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o4755)).unwrap();
+    // FUSE_WRITE_KILL_SUIDGID, which the guest's kernel sets for a writer without CAP_FSETID.
+    let mut body = longs(&[handle, 0]);
+    body.extend(words(&[1, 4, 0, 0, 0, 0]));
+    body.push(b'x');
+    guest.call(WRITE, file.node, &body, 8).unwrap();
+    assert_eq!(
+        tool.metadata().unwrap().permissions().mode() & 0o7777,
+        0o755
+    );
+}
+
+#[test]
+fn a_mount_made_later_appears_and_is_announced() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let early = guest.lookup(ROOT, "rootfs");
+    assert_eq!(early.err(), Some(libc::ENOENT));
+
+    let mounted = share.mount_tmpfs("rootfs");
+    std::fs::write(mounted.join("inside"), "hello").unwrap();
+    let root = guest.lookup(ROOT, "rootfs").unwrap();
+    assert_eq!(root.attr.flags & SUBMOUNT, SUBMOUNT);
+    let inside = guest.lookup(root.node, "inside").unwrap();
+    assert_eq!(inside.attr.size, 5);
+    let handle = guest.open(inside.node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(inside.node, handle, 0, 10).unwrap(), b"hello");
+
+    nix::mount::umount2(&mounted, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    let below = guest.lookup(ROOT, "rootfs").unwrap();
+    assert_ne!(below.node, root.node);
+    assert_eq!(guest.lookup(below.node, "inside").err(), Some(libc::ENOENT));
+}
+
+#[test]
+fn nothing_outside_the_share_can_be_reached() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let up = guest.lookup(ROOT, "..");
+    assert!(up.is_err() || up.unwrap().node == ROOT);
+    assert!(guest.lookup(ROOT, "a/b").is_err());
+
+    std::os::unix::fs::symlink("/etc/passwd", share.path().join("out")).unwrap();
+    let out = guest.lookup(ROOT, "out").unwrap();
+    assert_eq!(out.attr.mode & libc::S_IFMT, libc::S_IFLNK);
+    assert!(guest.open(out.node, libc::O_RDONLY).is_err());
+}
+
+#[test]
+fn the_process_is_confined() {
+    let share = Share::new();
+    let server = start(share.path());
+    let guest = Guest::mount(&server);
+    let process = format!("/proc/{}", server.child.id());
+    // chown, dac_override, dac_read_search, fowner, fsetid, setgid, setuid, mknod, setfcap.
+    let expected = [0, 1, 2, 3, 4, 6, 7, 27, 31]
+        .iter()
+        .fold(0_u64, |all, bit| all | 1 << bit);
+    for set in ["CapEff", "CapPrm"] {
+        assert_eq!(
+            u64::from_str_radix(&server.status_field(set), 16),
+            Ok(expected),
+            "{set}"
+        );
+    }
+    assert_eq!(
+        u64::from_str_radix(&server.status_field("CapBnd"), 16),
+        Ok(0)
+    );
+    assert_eq!(server.status_field("NoNewPrivs"), "1");
+    assert_eq!(server.status_field("Seccomp"), "2");
+    for namespace in ["mnt", "ipc", "uts"] {
+        let theirs = std::fs::read_link(format!("{process}/ns/{namespace}")).unwrap();
+        assert_ne!(
+            theirs,
+            std::fs::read_link(format!("/proc/self/ns/{namespace}")).unwrap()
+        );
+    }
+    let mounts = std::fs::read_to_string(format!("{process}/mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    guest.disconnect();
+}
+
+#[test]
+fn it_ends_in_order_when_the_front_end_is_gone() {
+    let share = Share::new();
+    let mut server = start(share.path());
+    Guest::mount(&server).disconnect();
+    let (status, said) = server.end();
+    assert!(status.success(), "{status}: {said}");
+}
+
+#[test]
+fn what_it_cannot_serve_it_refuses_in_one_sentence() {
+    let plain = tempfile::tempdir().unwrap();
+    let missing = plain.path().join("missing");
+    for (share, expected) in [
+        (plain.path(), "it is not a mount point"),
+        (missing.as_path(), "cannot open the share"),
+    ] {
+        let (status, said) = start(share).end();
+        assert_eq!(status.code(), Some(1));
+        assert!(
+            said.starts_with("sepal-fs: cannot") && said.contains(expected),
+            "{said}"
+        );
+        assert_eq!(said.lines().count(), 1, "{said}");
+    }
+}
+
+#[test]
+fn broken_requests_are_given_back_and_the_next_is_served() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let outside = 1 << 40;
+    let chains: [&[(u64, u32, u16)]; 6] = [
+        &[(0x10_0000, 4, 0)],
+        &[(0x10_0000, 0, 0), (0x40_0000, 0, 2)],
+        &[(outside, 100, 0), (0x40_0000, 100, 2)],
+        &[(0x10_0000, 100, 0), (outside, 100, 2)],
+        &[(0x10_0000, u32::MAX, 0), (0x40_0000, 100, 2)],
+        &[(0x40_0000, 100, 2), (0x10_0000, 100, 0)],
+    ];
+    for chain in chains {
+        guest.submit(chain);
+        assert!(guest.getattr(ROOT).is_ok(), "after {chain:x?}");
+    }
+    // A descriptor that is its own next.
+    let mut circle = longs(&[0x10_0000]);
+    circle.extend(words(&[40]));
+    circle.extend([1, 0, 0, 0]);
+    guest.submit_table(&circle);
+    // Lengths that lie, names that do not end, an operation that is none.
+    for (length, opcode) in [
+        (0, LOOKUP),
+        (39, LOOKUP),
+        (1 << 20, LOOKUP),
+        (41, LOOKUP),
+        (40, 9999),
+    ] {
+        let mut request = words(&[length, opcode]);
+        request.extend(longs(&[7, ROOT]));
+        request.extend(words(&[0, 0, 0, 0]));
+        request.push(b'x');
+        guest.exchange(&request, 200);
+        assert!(
+            guest.getattr(ROOT).is_ok(),
+            "after length {length} of operation {opcode}"
+        );
+    }
+}
+
+#[test]
+fn inodes_the_guest_remembers_cost_no_descriptors() {
+    const FILES: usize = 25_000;
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let directory = share.mount_tmpfs("many");
+    for number in 0..FILES {
+        std::fs::File::create(directory.join(number.to_string())).unwrap();
+    }
+    let parent = guest.lookup(ROOT, "many").unwrap().node;
+    let before = server.descriptors();
+    let mut last = 0;
+    for number in 0..FILES {
+        last = guest.lookup(parent, &number.to_string()).unwrap().node;
+    }
+    assert_eq!(server.descriptors(), before);
+    assert!(guest.open(last, libc::O_RDONLY).is_ok());
+    guest.tell(FORGET, last, &longs(&[1]));
+    assert_eq!(guest.getattr(last).err(), Some(libc::EBADF));
+}
+
+#[test]
+fn directories_are_read_with_their_attributes() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let made = words(&[0o755, 0])
+        .into_iter()
+        .chain(names(&["d"]))
+        .collect::<Vec<_>>();
+    let directory = Entry::parse(&guest.call(MKDIR, ROOT, &made, Entry::LENGTH).unwrap()).node;
+    std::fs::write(share.path().join("d/file"), "12345").unwrap();
+    let handle = u64_at(
+        &guest.call(OPENDIR, directory, &words(&[0, 0]), 16).unwrap(),
+        0,
+    );
+    let body = [longs(&[handle, 0]), words(&[4096, 0, 0, 0, 0, 0])].concat();
+    let listing = guest.call(READDIRPLUS, directory, &body, 4096).unwrap();
+    let (mut found, mut at) = (Vec::new(), 0);
+    while at < listing.len() {
+        let length = u32_at(&listing, at + 144) as usize;
+        let name = String::from_utf8(listing[at + 152..at + 152 + length].to_vec()).unwrap();
+        found.push((name, Entry::parse(&listing[at..]).attr.size));
+        at += (152 + length).next_multiple_of(8);
+    }
+    found.retain(|(name, _)| name != "." && name != "..");
+    assert_eq!(found, [("file".to_owned(), 5)]);
+
+    // Truncation and times by descriptor: FATTR_SIZE | FATTR_MTIME.
+    let file = guest.lookup(directory, "file").unwrap().node;
+    let mut change = words(&[1 << 3 | 1 << 5, 0]);
+    change.extend(longs(&[0, 2, 0, 0, 1234, 0]));
+    change.extend(words(&[0; 10]));
+    guest.call(SETATTR, file, &change, 104).unwrap();
+    let metadata = share.path().join("d/file").metadata().unwrap();
+    assert_eq!((metadata.len(), metadata.mtime()), (2, 1234));
+}
+
+#[test]
+fn a_file_without_a_name_gets_one_later() {
+    let share = Share::new();
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    (guest.uid, guest.gid) = (1000, 1001);
+    let mut body = words(&[libc::O_RDWR as u32, libc::S_IFREG | 0o666, 0o027, 0]);
+    body.extend(names(&["/"]));
+    let reply = guest
+        .call(TMPFILE, ROOT, &body, Entry::LENGTH + 16)
+        .unwrap();
+    let (file, handle) = (Entry::parse(&reply), u64_at(&reply, 128));
+    assert_eq!(
+        (file.attr.nlink, file.attr.mode),
+        (0, libc::S_IFREG | 0o640)
+    );
+    assert_eq!((file.attr.uid, file.attr.gid), (1000, 1001));
+    assert_eq!(std::fs::read_dir(share.path()).unwrap().count(), 0);
+
+    assert_eq!(guest.write(file.node, handle, 0, b"unseen"), Ok(6));
+    assert_eq!(guest.getattr(file.node).unwrap().size, 6);
+    let again = guest.open(file.node, libc::O_RDONLY).unwrap();
+    assert_eq!(guest.read(file.node, again, 2, 100).unwrap(), b"seen");
+    assert_eq!(guest.lookup(file.node, "x").err(), Some(libc::ENOTDIR));
+
+    let mut link = longs(&[file.node]);
+    link.extend(names(&["published"]));
+    let named = Entry::parse(&guest.call(LINK, ROOT, &link, Entry::LENGTH).unwrap());
+    assert_eq!((named.attr.ino, named.attr.nlink), (file.attr.ino, 1));
+    assert_eq!(
+        std::fs::read(share.path().join("published")).unwrap(),
+        b"unseen"
+    );
+    assert_eq!(guest.write(file.node, handle, 6, b" before"), Ok(7));
+    assert_eq!(guest.getattr(named.node).unwrap().size, 13);
+
+    let before = server.descriptors();
+    guest
+        .call(RELEASE, file.node, &longs(&[handle, 0, 0]), 0)
+        .unwrap();
+    guest
+        .call(RELEASE, file.node, &longs(&[again, 0, 0]), 0)
+        .unwrap();
+    guest.tell(FORGET, file.node, &longs(&[1]));
+    assert_eq!(server.descriptors(), before - 2);
+    assert_eq!(guest.getattr(file.node).err(), Some(libc::EBADF));
+}
