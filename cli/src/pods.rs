@@ -1,0 +1,179 @@
+//! The pods of this host, as their directories and processes show them.
+//!
+//! Nothing of the shim's own notes is read: the VMM is who listens on the control socket, the shim
+//! is its parent, the file server another child of that.
+
+use std::io::ErrorKind;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
+};
+use sepal_protocol::control::{self, Request, Response, VmState};
+use sepal_protocol::paths::pod;
+
+/// Longest wait for a VMM's answer.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// One pod's directory.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pod {
+    /// Its id: the directory's name.
+    pub id: String,
+    /// The directory.
+    pub directory: PathBuf,
+}
+
+/// All pods below the state directory, by id.
+///
+/// # Errors
+/// The directory cannot be read; it need not exist.
+pub fn all(state: &Path) -> anyhow::Result<Vec<Pod>> {
+    let entries = match std::fs::read_dir(state) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.with_context(|| format!("cannot read {}", state.display()))?,
+    };
+    let mut pods = Vec::new();
+    for entry in entries {
+        let directory = entry
+            .with_context(|| format!("cannot read {}", state.display()))?
+            .path();
+        // What a pod's directory always has; others keep files here as well.
+        if directory.join(pod::SHARE).is_dir()
+            && let Some(id) = directory.file_name().and_then(|name| name.to_str())
+        {
+            pods.push(Pod {
+                id: id.to_owned(),
+                directory: directory.clone(),
+            });
+        }
+    }
+    pods.sort();
+    Ok(pods)
+}
+
+/// The pod with this id, or the only one whose id begins so.
+///
+/// # Errors
+/// There is none, or more than one.
+pub fn find(state: &Path, wanted: &str) -> anyhow::Result<Pod> {
+    let mut pods = all(state)?;
+    if let Some(index) = pods.iter().position(|pod| pod.id == wanted) {
+        return Ok(pods.swap_remove(index));
+    }
+    pods.retain(|pod| pod.id.starts_with(wanted));
+    if pods.len() > 1 {
+        let ids: Vec<_> = pods.iter().map(|pod| pod.id.as_str()).collect();
+        bail!("{wanted:?} may be any of the pods {}", ids.join(", "));
+    }
+    pods.pop()
+        .with_context(|| format!("there is no pod {wanted:?} (sepal list shows them)"))
+}
+
+/// What a live VMM tells.
+#[derive(Debug)]
+pub struct Vm {
+    /// The VMM's process.
+    pub pid: i32,
+    /// How the VM is.
+    pub state: VmState,
+}
+
+impl Pod {
+    /// Asks the pod's VMM; none when the pod has no VM any more, or none yet.
+    ///
+    /// # Errors
+    /// The VMM is there and does not answer, or not what was asked.
+    pub fn vm(&self) -> anyhow::Result<Option<Vm>> {
+        let none = SockFlag::SOCK_CLOEXEC;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, none, None)?;
+        let path = self.directory.join(pod::CONTROL);
+        let address = UnixAddr::new(&path).context("the control socket's path is too long")?;
+        match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address) {
+            Ok(()) => {}
+            Err(nix::Error::ENOENT | nix::Error::ECONNREFUSED) => return Ok(None),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot connect to {}", path.display()));
+            }
+        }
+        let pid = getsockopt(&socket, sockopt::PeerCredentials)?.pid();
+        control::send(&socket, &Request::State, &[])?;
+        let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+        let timeout = PollTimeout::try_from(PATIENCE).unwrap_or(PollTimeout::MAX);
+        if poll(&mut fds, timeout)? == 0 {
+            bail!("pod {}: the VMM (pid {pid}) does not answer", self.id);
+        }
+        match control::receive::<Response>(&socket)? {
+            (Response::State(state), _) => Ok(Some(Vm { pid, state })),
+            (Response::Error { message }, _) => bail!("pod {}: {message}", self.id),
+            _ => bail!("pod {}: the VMM answers another question", self.id),
+        }
+    }
+
+    /// Ids of the containers whose files the pod shares.
+    pub fn containers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.directory.join(pod::SHARE));
+        let mut ids: Vec<String> = entries
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .collect();
+        ids.sort();
+        ids
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(ids: &[&str]) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        for id in ids {
+            std::fs::create_dir_all(directory.path().join(id).join(pod::SHARE)).unwrap();
+        }
+        directory
+    }
+
+    #[test]
+    fn a_pod_is_found_by_its_id_or_a_unique_beginning() {
+        let state = state(&["abc", "abcd", "x1"]);
+        let id = |wanted| {
+            find(state.path(), wanted)
+                .map(|pod| pod.id)
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(id("abc").as_deref(), Ok("abc"));
+        assert_eq!(id("abcd").as_deref(), Ok("abcd"));
+        assert_eq!(id("x").as_deref(), Ok("x1"));
+        assert!(id("ab").unwrap_err().ends_with("any of the pods abc, abcd"));
+        assert!(id("y").unwrap_err().starts_with("there is no pod \"y\""));
+    }
+
+    #[test]
+    fn other_files_and_a_missing_directory_are_no_pods() {
+        let state = state(&["pod"]);
+        std::fs::create_dir(state.path().join("cache")).unwrap();
+        std::fs::write(state.path().join("file"), "").unwrap();
+        let ids: Vec<_> = all(state.path())
+            .unwrap()
+            .into_iter()
+            .map(|pod| pod.id)
+            .collect();
+        assert_eq!(ids, ["pod"]);
+        assert_eq!(all(&state.path().join("missing")).unwrap(), []);
+    }
+
+    #[test]
+    fn a_pod_without_a_vmm_has_no_vm() {
+        let state = state(&["pod"]);
+        let pod = find(state.path(), "pod").unwrap();
+        assert!(pod.vm().unwrap().is_none());
+        std::fs::create_dir(pod.directory.join("share/web")).unwrap();
+        assert_eq!(pod.containers(), ["web"]);
+    }
+}
