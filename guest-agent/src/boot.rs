@@ -66,7 +66,8 @@ const FIRST: &[Mount] = &[
         flags: MsFlags::MS_NOSUID,
         options: "mode=755",
     },
-    place("cgroup2", "/sys/fs/cgroup", "nsdelegate"),
+    // Without favordynmods each process that enters a cgroup waits for an RCU grace period.
+    place("cgroup2", "/sys/fs/cgroup", "nsdelegate,favordynmods"),
 ];
 
 /// These are for what runs later.
@@ -121,7 +122,7 @@ pub fn prepare() -> io::Result<()> {
 /// that is the kernel's first mount, and nothing can take its place.
 fn leave_initramfs() -> io::Result<()> {
     let kind = nix::sys::statfs::statfs("/")?.filesystem_type();
-    if kind != nix::sys::statfs::TMPFS_MAGIC && i64::from(kind.0) != RAMFS_MAGIC {
+    if kind != nix::sys::statfs::TMPFS_MAGIC && kind.0 != RAMFS_MAGIC {
         return Ok(());
     }
     let (root, none) = ("/.root", None::<&str>);
@@ -151,10 +152,15 @@ pub fn mount_share() -> io::Result<()> {
     Ok(())
 }
 
+/// A step of [`finish`]: what it is for, and what it does.
+type Step = (&'static str, fn() -> io::Result<()>);
+
 /// Does what is not needed for the first answer. What fails here is told in the log: a container
 /// that needs it fails on its own.
 pub fn finish() {
-    let steps: [(&str, fn() -> io::Result<()>); 6] = [
+    let steps: [Step; 8] = [
+        ("pages for forks", sys::keep_pages_over_fork),
+        ("RCU", expedite_rcu),
         ("the loopback interface", sys::loopback_up),
         ("cgroup controllers", || {
             cgroup::delegate(Path::new(cgroup::ROOT)).map_err(io::Error::other)
@@ -217,6 +223,12 @@ fn device_links() -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Mounts, namespaces and cgroups come and go with every container, and the kernel waits for RCU
+/// grace periods with most of them: several ticks each, unless told to hurry.
+fn expedite_rcu() -> io::Result<()> {
+    fs::write("/sys/kernel/rcu_expedited", "1")
 }
 
 /// Mounts hugetlbfs where the guest has huge pages set aside.

@@ -145,6 +145,7 @@ pub async fn launch(job: Job, reaper: &Arc<Reaper>) -> Result<Launched> {
     let helper = sys::fork(&keep, move || helper(&job, report_fd)).context(io)?;
     let helper_exit = reaper.watch(helper);
     drop(theirs);
+    tracing::debug!(helper, "forked");
 
     let mut cause = Cause::default();
     let made = tokio::time::timeout(TIMEOUT, async {
@@ -169,6 +170,7 @@ pub async fn launch(job: Job, reaper: &Arc<Reaper>) -> Result<Launched> {
             };
             // A helper that died meanwhile does not mind; then init is ours already.
             let _ = send(report.as_raw_fd(), b"R", MsgFlags::MSG_NOSIGNAL);
+            tracing::debug!(pid, "made");
             Ok(Launched {
                 pid,
                 exit,
@@ -262,6 +264,7 @@ impl Cause {
             FAILED => {
                 self.failed.get_or_insert(text);
             }
+            log::LOG_REPORT => tracing::debug!("helper: {text}"),
             _ => {}
         }
         kind == FAILED
@@ -456,6 +459,7 @@ fn make(job: &Job, report: RawFd) -> std::result::Result<i32, Refusal> {
     std::fs::write("/proc/self/oom_score_adj", plan.oom_score_adj.to_string())
         .map_err(|error| format!("OOM score adjustment {}: {error}", plan.oom_score_adj))?;
 
+    tracing::debug!("prepared");
     let state = Container::new(
         &job.container,
         ContainerStatus::Creating,

@@ -20,10 +20,13 @@ const MAX_LINE: usize = 900;
 /// First byte of a message by which a helper process reports an error of libcontainer.
 pub const ERROR_REPORT: u8 = b'E';
 
+/// First byte of a message by which a helper process hands on what else it logs.
+pub const LOG_REPORT: u8 = b'L';
+
 static REPORT: AtomicI32 = AtomicI32::new(-1);
 
-/// Sends the errors that this process and its children log to a socket as well, each as one packet
-/// of [`ERROR_REPORT`] and text. Meant for the forked helper processes alone.
+/// Sends what this process and its children log to a socket instead, each line as one packet of
+/// [`ERROR_REPORT`] or [`LOG_REPORT`] and text. Meant for the forked helper processes.
 pub fn report_errors_to(socket: RawFd) {
     REPORT.store(socket, Ordering::Relaxed);
 }
@@ -58,14 +61,14 @@ struct KernelLog {
 
 impl Subscriber for KernelLog {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        // libcontainer tells of every step at debug and info; of its own we keep what is wrong.
-        let ours = metadata.target().starts_with("sepal");
-        *metadata.level()
-            <= if ours {
-                self.level
-            } else {
-                self.level.min(Level::WARN)
-            }
+        // Of libraries only what is wrong is kept, for libcontainer tells of every step at debug and
+        // info. Trace, which nothing of ours uses, asks for that.
+        let most = match self.level {
+            Level::TRACE => Level::DEBUG,
+            level if metadata.target().starts_with("sepal") => level,
+            _ => Level::WARN,
+        };
+        *metadata.level() <= most
     }
 
     fn new_span(&self, _: &Attributes<'_>) -> Id {
@@ -81,8 +84,10 @@ impl Subscriber for KernelLog {
         event.record(&mut line);
         let text = line.finish();
         let socket = REPORT.load(Ordering::Relaxed);
-        if socket >= 0 && *event.metadata().level() == Level::ERROR {
-            let mut packet = vec![ERROR_REPORT];
+        if socket >= 0 {
+            // The log's own descriptor is closed here.
+            let is_error = *event.metadata().level() == Level::ERROR;
+            let mut packet = vec![if is_error { ERROR_REPORT } else { LOG_REPORT }];
             packet.extend_from_slice(text.as_bytes());
             // The agent may have given up on us: nothing to be done about that here.
             let _ = send(

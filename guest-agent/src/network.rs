@@ -46,9 +46,12 @@ pub async fn apply(network: &Network) -> Result<()> {
     done
 }
 
+/// An address with the length of its prefix and its scope (RT_SCOPE_*).
+type CheckedAddress = (IpAddr, u8, u8);
+
 /// A network whose addresses and names have been checked.
 struct Wanted<'a> {
-    interfaces: Vec<(&'a Interface, Vec<(IpAddr, u8, u8)>)>,
+    interfaces: Vec<(&'a Interface, Vec<CheckedAddress>)>,
     /// Those that reach their gateway by another route come after it.
     routes: Vec<CheckedRoute<'a>>,
     neighbours: Vec<(&'a Neighbour, IpAddr)>,

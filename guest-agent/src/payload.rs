@@ -134,6 +134,7 @@ impl Executor for Payload {
     }
 
     fn validate(&self, _: &Spec) -> Result<(), ExecutorValidationError> {
+        tracing::debug!("inside the container");
         self.resolve().map(drop).map_err(|why| {
             self.tell(REFUSED, &why);
             ExecutorValidationError::ArgValidationError(why)

@@ -16,14 +16,17 @@ use oci_spec::runtime::{
 
 use crate::error::{Error, Result};
 
+/// A device node: its kind, major and minor number.
+pub type DeviceNode = (LinuxDeviceType, i64, i64);
+
 /// What a plan depends on in the guest.
 pub struct Facts<'a> {
     /// CPUs that the guest has, online or not; they are numbered from 0.
     pub cpus: u32,
     /// Whether a file exists in the container's cgroup directory.
     pub cgroup_file: &'a dyn Fn(&str) -> bool,
-    /// A device node of the guest: its kind, major and minor number.
-    pub device: &'a dyn Fn(&Path) -> Option<(LinuxDeviceType, i64, i64)>,
+    /// A device node of the guest.
+    pub device: &'a dyn Fn(&Path) -> Option<DeviceNode>,
 }
 
 /// A process and the surroundings it shall have, in the guest's terms.

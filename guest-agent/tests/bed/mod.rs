@@ -86,6 +86,22 @@ impl Bed {
         }
     }
 
+    /// Waits until the VM has ended and answers the VMM's exit status.
+    pub async fn wait_vm(&mut self) -> i32 {
+        match &mut self.machine {
+            Machine::Namespaces(_) => panic!("there is no VM"),
+            Machine::Vm(vm) => vm.wait().await,
+        }
+    }
+
+    /// CPU time that the VM has used so far: what a step costs whatever else the machine does.
+    pub fn cpu_time(&self) -> Duration {
+        match &self.machine {
+            Machine::Namespaces(_) => panic!("there is no VM"),
+            Machine::Vm(vm) => vm.cpu_time(),
+        }
+    }
+
     pub fn console(&self) -> String {
         fs::read_to_string(self.directory.path().join("console.log")).unwrap_or_default()
     }
@@ -366,7 +382,7 @@ pub fn is_vm() -> bool {
 async fn unboxed(directory: &Path, share: &Path) -> Child {
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples/unboxed");
-    let child = Command::new(&program)
+    let mut child = Command::new(&program)
         .args([directory, share])
         .stdin(ProcessStdio::null())
         .spawn()
@@ -381,7 +397,8 @@ async fn unboxed(directory: &Path, share: &Path) -> Child {
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    panic!("the agent does not answer");
+    let ended = child.kill().and_then(|()| child.wait());
+    panic!("the agent does not answer; ended by the test: {ended:?}");
 }
 
 async fn dial(machine: &Machine, directory: &Path, port: u32) -> UnixStream {

@@ -115,6 +115,27 @@ impl Vm {
         }
     }
 
+    pub async fn wait(&mut self) -> i32 {
+        for _ in 0..1000 {
+            if let Some(status) = self.vmm.try_wait().unwrap() {
+                return status.code().unwrap_or(-1);
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the VM does not end");
+    }
+
+    /// Of all threads of the VMM, to the nanosecond (proc_pid_schedstat).
+    pub fn cpu_time(&self) -> Duration {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.vmm.id())).unwrap();
+        let spent = tasks.flatten().map(|task| {
+            let text = fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            let first = text.split_ascii_whitespace().next();
+            first.and_then(|spent| spent.parse().ok()).unwrap_or(0)
+        });
+        Duration::from_nanos(spent.sum())
+    }
+
     pub fn end(&mut self) {
         for child in [&mut self.vmm, &mut self.fs] {
             let _ = child.kill();
