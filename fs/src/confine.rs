@@ -4,7 +4,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
 use std::path::Path;
 
@@ -121,7 +121,7 @@ fn check_shared(directory: &impl AsFd) -> anyhow::Result<()> {
 
 /// Whether the mount with this id is shared; none where there is no such mount (proc(5),
 /// /proc/pid/mountinfo: field 1 is the id, the optional fields follow the sixth up to a hyphen).
-fn propagation(mountinfo: impl Read + BufRead, id: u64) -> std::io::Result<Option<bool>> {
+fn propagation(mountinfo: impl BufRead, id: u64) -> std::io::Result<Option<bool>> {
     let id = id.to_string();
     // Bytes, because mount points need not be UTF-8.
     for line in mountinfo.split(b'\n') {

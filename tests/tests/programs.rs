@@ -273,6 +273,7 @@ fn git_clones_and_checks() {
 fn gcc_compiles_a_project() {
     let bed = Bed::get();
     let line = "cp -r /usr/src/lua/src /home/src && cd /home/src && \
+                echo '#define DEB_HOST_MULTIARCH \"x86_64-linux-gnu\"' >lua5.4-deb-multiarch.h && \
                 gcc -O1 -DLUA_USE_POSIX -o /home/lua $(ls *.c | grep -vx luac.c) -lm -ldl && \
                 /home/lua -e 'local t = {} for n = 1, 100000 do t[n] = n end print(#t, _VERSION)'";
     let run = bed.nerdctl_run(

@@ -201,7 +201,7 @@ fn the_number_of_processes_is_limited() {
         &["sleep", "100000"],
     );
     let said = container
-        .sh("for n in $(seq 40); do sleep 1000 & done; wait")
+        .sh("for n in $(seq 40); do sleep 1000 >/dev/null 2>&1 & done; wait")
         .failure();
     assert!(
         format!("{}{}", said.out(), said.err()).contains("fork"),
