@@ -7,6 +7,8 @@ SHELL := /bin/bash
 CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 export SEPAL_CACHE ?= /var/cache/sepal
+# Guest kernels to build: hardware, deprivileged or all.
+KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
 .PHONY: build programs kernel image deps lint unit e2e-native e2e-node test demo bench install clean
@@ -21,7 +23,7 @@ programs: deps
 	cargo build --release --workspace --exclude sepal-tests
 
 kernel: deps
-	kernel-config/build all
+	kernel-config/build $(KERNELS)
 
 # The agent of this build: cargo would build another for a single crate's choice of features.
 image: programs
