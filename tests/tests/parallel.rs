@@ -31,7 +31,7 @@ fn twenty_in_parallel_leave_nothing() {
     });
     on_each(&|number, container| {
         let said = container
-            .sh(&format!("echo {number} >/home/me; cat /home/me"))
+            .sh(&format!("echo {number} >/home/me; cat /home/me; sleep 0.5"))
             .success();
         assert_eq!(said.out(), number.to_string());
         let address = container.sh("ip -4 -o addr show eth0").success().out();
