@@ -56,22 +56,30 @@ pub fn all(state: &Path) -> anyhow::Result<Vec<Pod>> {
     Ok(pods)
 }
 
-/// The pod with this id, or the only one whose id begins so.
+/// The pod of this name, or the only one of which a name begins so. Its names are its id
+/// (`namespace+id`), that without the namespace, and those of its containers.
 ///
 /// # Errors
 /// There is none, or more than one.
 pub fn find(state: &Path, wanted: &str) -> anyhow::Result<Pod> {
-    let mut pods = all(state)?;
-    if let Some(index) = pods.iter().position(|pod| pod.id == wanted) {
-        return Ok(pods.swap_remove(index));
+    let all = all(state)?;
+    let matching = |is_it: &dyn Fn(&str) -> bool| -> Vec<&Pod> {
+        all.iter()
+            .filter(|pod| pod.names().iter().any(|name| is_it(name)))
+            .collect()
+    };
+    let mut pods = matching(&|name| name == wanted);
+    if pods.is_empty() {
+        pods = matching(&|name| name.starts_with(wanted));
     }
-    pods.retain(|pod| pod.id.starts_with(wanted));
-    if pods.len() > 1 {
-        let ids: Vec<_> = pods.iter().map(|pod| pod.id.as_str()).collect();
-        bail!("{wanted:?} may be any of the pods {}", ids.join(", "));
+    match pods.as_slice() {
+        [pod] => Ok((*pod).clone()),
+        [] => bail!("there is no pod {wanted:?} (sepal list shows them)"),
+        several => {
+            let ids: Vec<_> = several.iter().map(|pod| pod.id.as_str()).collect();
+            bail!("{wanted:?} may be any of the pods {}", ids.join(", "))
+        }
     }
-    pods.pop()
-        .with_context(|| format!("there is no pod {wanted:?} (sepal list shows them)"))
 }
 
 /// What a live VMM tells.
@@ -84,6 +92,13 @@ pub struct Vm {
 }
 
 impl Pod {
+    fn names(&self) -> Vec<String> {
+        let mut names = self.containers();
+        names.extend(self.id.split_once('+').map(|(_, name)| name.to_owned()));
+        names.push(self.id.clone());
+        names
+    }
+
     /// Asks the pod's VMM; none when the pod has no VM any more, or none yet.
     ///
     /// # Errors
@@ -137,6 +152,26 @@ mod tests {
             std::fs::create_dir_all(directory.path().join(id).join(pod::SHARE)).unwrap();
         }
         directory
+    }
+
+    #[test]
+    fn a_pod_is_found_without_its_namespace_and_by_its_containers() {
+        let state = state(&["default+web", "k8s.io+0a1b2c", "other+web"]);
+        std::fs::create_dir_all(state.path().join("k8s.io+0a1b2c/share/77ff")).unwrap();
+        let id = |wanted| {
+            find(state.path(), wanted)
+                .map(|pod| pod.id)
+                .map_err(|e| e.to_string())
+        };
+        assert_eq!(id("default+web").as_deref(), Ok("default+web"));
+        assert_eq!(id("other").as_deref(), Ok("other+web"));
+        assert_eq!(id("0a1").as_deref(), Ok("k8s.io+0a1b2c"));
+        assert_eq!(id("77").as_deref(), Ok("k8s.io+0a1b2c"));
+        assert!(
+            id("web")
+                .unwrap_err()
+                .ends_with("any of the pods default+web, other+web")
+        );
     }
 
     #[test]

@@ -9,7 +9,9 @@
 //! only this guest has the loss.
 
 use std::io::{self, Read, Write};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLock};
+use std::time::{Duration, Instant};
 
 use log::{debug, warn};
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -17,7 +19,7 @@ use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vhost_user_backend::{VhostUserBackend, VringMutex, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{DescriptorChain, QueueOwnedT};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
 use virtiofsd::filesystem::Context;
 use virtiofsd::fuse::{CreateIn, EntryOut, InHeader, OpenOut, OutHeader};
@@ -53,6 +55,10 @@ const READ: u32 = 15;
 const WRITE: u32 = 16;
 /// From this many bytes on copying takes longer than handing over.
 const LARGE: u32 = 64 * 1024;
+
+/// How long the next request is waited for awake. A program that works on many files sends it as soon
+/// as it has the answer; waking up and being notified takes longer than that.
+const SPIN: Duration = Duration::from_micros(50);
 
 /// See the module.
 pub struct Backend {
@@ -118,6 +124,25 @@ impl Backend {
             answer(&self.service, vring, memory, chain, event_idx);
         }
         any
+    }
+}
+
+/// Watches a queue for a while; answers whether a request has come.
+fn more_within(time: Duration, vring: &Vring, memory: &GuestMemoryAtomic<Memory>) -> bool {
+    let memory = memory.memory();
+    let end = Instant::now() + time;
+    loop {
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        match queue.avail_idx(&*memory, Ordering::Acquire) {
+            Ok(index) if index.0 != queue.next_avail() => return true,
+            // A ring out of reach is reported where it is read.
+            Err(_) => return false,
+            Ok(_) if Instant::now() >= end => return false,
+            Ok(_) => {}
+        }
+        drop(state);
+        std::hint::spin_loop();
     }
 }
 
@@ -297,7 +322,7 @@ impl VhostUserBackend for Backend {
         // Between the last look and asking to be told, the guest may have added one more.
         loop {
             vring.disable_notification().map_err(io::Error::other)?;
-            self.drain(vring, &memory, true);
+            while self.drain(vring, &memory, true) && more_within(SPIN, vring, &memory) {}
             if !vring.enable_notification().map_err(io::Error::other)? {
                 return Ok(());
             }

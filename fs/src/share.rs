@@ -15,7 +15,7 @@ use crate::files::Files;
 /// flight per thread.
 const RESERVED_DESCRIPTORS: u64 = 64;
 /// And this part of them for files without a name, which are ours.
-const UNNAMED_SHARE: u64 = 8;
+const UNNAMED_SHARE: u64 = 64;
 /// Below this many descriptors a container could not even start.
 const LEAST_DESCRIPTORS: u64 = 512;
 /// How long the guest trusts a name or attributes before it asks again.

@@ -155,6 +155,15 @@ pub fn mount_share() -> io::Result<()> {
 /// A step of [`finish`]: what it is for, and what it does.
 type Step = (&'static str, fn() -> io::Result<()>);
 
+/// Logs what the boot has cost up to here: page faults are the larger part of it where they are dear.
+pub fn tell_cost() {
+    use nix::sys::resource::{UsageWho, getrusage};
+    if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
+        let (minor, major) = (usage.minor_page_faults(), usage.major_page_faults());
+        tracing::debug!(minor, major, "page faults");
+    }
+}
+
 /// Does what is not needed for the first answer. What fails here is told in the log: a container
 /// that needs it fails on its own.
 pub fn finish() {

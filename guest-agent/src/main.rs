@@ -41,6 +41,7 @@ async fn run(mut stages: Vec<Stage>) -> anyhow::Result<()> {
             if let Err(error) = announce(stages).await {
                 tracing::error!(%error, "cannot tell the host that the agent is ready");
             }
+            boot::tell_cost();
             boot::finish();
             clock::follow_host().await;
         });

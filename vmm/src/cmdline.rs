@@ -17,6 +17,9 @@ const ALWAYS: &[&str] = &[
     // Buffers for devices that cannot reach all memory; ours can.
     "swiotlb=noforce",
     "random.trust_cpu=on",
+    // Interfaces that nobody has asked for; both kinds can be made.
+    "dummy.numdummies=0",
+    "ifb.numifbs=0",
 ];
 
 /// The guest image: an EROFS file system in persistent memory, read in place.

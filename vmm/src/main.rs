@@ -71,6 +71,7 @@ struct Args {
 fn main() -> ExitCode {
     let mut stages = Stages::default();
     stages.reached("vmm");
+    sys::share_one_heap();
     let args = Args::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)

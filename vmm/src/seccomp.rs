@@ -122,6 +122,8 @@ const LAUNCHER: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_setsockopt,
+    // A vsock device that is dropped takes its socket with it.
+    libc::SYS_unlink,
 ];
 
 /// Every worker: events, and the descriptors that it was given.
@@ -304,5 +306,26 @@ mod tests {
             assert!(!calls_of(kind).contains(&libc::SYS_execve));
             assert!(!calls_of(kind).contains(&libc::SYS_openat));
         }
+    }
+
+    /// With a network there were enough buffers for the C library to shrink a heap, for which it
+    /// reads a file of /proc.
+    #[test]
+    fn threads_allocate_and_free_without_a_call_that_is_not_allowed() {
+        crate::sys::share_one_heap();
+        let all_started = std::sync::Barrier::new(24);
+        std::thread::scope(|scope| {
+            for _ in 0..24 {
+                scope.spawn(|| {
+                    let program = program(Thread::Vcpu, Action::Kill).unwrap();
+                    seccompiler::apply_filter(&program).unwrap();
+                    let held: Vec<_> = (0..400)
+                        .map(|round| vec![1_u8; 64 << (round % 12)])
+                        .collect();
+                    all_started.wait();
+                    drop(held);
+                });
+            }
+        });
     }
 }

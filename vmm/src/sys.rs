@@ -1,4 +1,4 @@
-//! What the program inherits.
+//! What the program inherits, and how its C library is to behave.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
@@ -28,4 +28,19 @@ pub fn inherited_fd(fd: RawFd) -> Option<OwnedFd> {
         )
     };
     Some(fd)
+}
+
+/// Makes the C library's heap one for all threads that never shrinks. To be called while there is
+/// only one thread.
+///
+/// glibc gives each thread a heap of its own otherwise, and opens files of /sys and /proc to decide
+/// how many there may be and whether one may shrink, which confined threads must not. Devices do not
+/// allocate while they work, so nobody waits for the lock; what is large is mapped by itself and
+/// given back.
+pub fn share_one_heap() {
+    // SAFETY: mallopt(3) has no preconditions; both parameters are known to every glibc.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX);
+    }
 }

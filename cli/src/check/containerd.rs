@@ -74,6 +74,11 @@ impl Running {
     }
 
     fn of(process: &Path) -> Option<Self> {
+        // One with a file system of its own (in a container, a test) is not this host's.
+        let mounts = |process: &Path| std::fs::read_link(process.join("ns/mnt")).ok();
+        if mounts(process)? != mounts(Path::new("/proc/self"))? {
+            return None;
+        }
         let words = |file| -> Option<Vec<String>> {
             let bytes = std::fs::read(process.join(file)).ok()?;
             Some(

@@ -1,6 +1,8 @@
 //! A guest for the file server: a vhost-user front end with real memory and real rings, and as much
 //! of FUSE (linux/fuse.h, protocol 7.38) as the tests speak.
 
+#![allow(dead_code, reason = "each test program uses a part of it")]
+
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
