@@ -33,6 +33,7 @@ use vmm_sys_util::event::{
 };
 
 use crate::files::Files;
+use crate::pressure::Pressure;
 use crate::workers::Workers;
 
 /// Guest RAM as the front end shares it.
@@ -71,6 +72,7 @@ pub struct Backend {
 struct Service {
     server: Server<Files>,
     files: Files,
+    pressure: Pressure,
 }
 
 #[derive(Default)]
@@ -82,11 +84,12 @@ struct Queues {
 
 impl Backend {
     /// A back end for this file system with at most so many worker threads.
-    pub fn new(files: Files, threads: usize) -> Self {
+    pub fn new(files: Files, pressure: Pressure, threads: usize) -> Self {
         Self {
             service: Arc::new(Service {
                 server: Server::new(files.clone()),
                 files,
+                pressure,
             }),
             workers: Workers::new(threads),
             queues: RwLock::default(),
@@ -199,6 +202,7 @@ fn answer(
 impl Service {
     /// Answers how many bytes were written into the chain.
     fn execute(&self, memory: &Memory, chain: Chain) -> Result<usize, String> {
+        self.pressure.request();
         let reader = Reader::new(memory, chain.clone()).map_err(|e| e.to_string())?;
         let writer = Writer::new(memory, chain).map_err(|e| e.to_string())?;
         let mut ahead = reader.clone();

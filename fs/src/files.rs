@@ -20,6 +20,7 @@ use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::Id;
 
 use crate::unnamed::{UnnamedFiles, attributes, change, is_ours};
+use crate::volumes::Volumes;
 
 type Ino = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
@@ -31,16 +32,25 @@ pub struct Files(Arc<Both>);
 struct Both {
     fs: PassthroughFs,
     unnamed: UnnamedFiles,
+    volumes: Volumes,
     timeout: Duration,
 }
 
 impl Files {
-    /// `proc` is /proc/self/fd; at most so many files without a name; how long attributes hold.
-    pub fn new(fs: PassthroughFs, proc: File, most_unnamed: u64, timeout: Duration) -> Self {
+    /// `proc` is /proc/self/fd; at most so many files without a name; how long attributes hold, if
+    /// not in a volume.
+    pub fn new(
+        fs: PassthroughFs,
+        proc: File,
+        most_unnamed: u64,
+        timeout: Duration,
+        volumes: Volumes,
+    ) -> Self {
         let most = usize::try_from(most_unnamed).unwrap_or(usize::MAX);
         Self(Arc::new(Both {
             fs,
             unnamed: UnnamedFiles::new(proc, most),
+            volumes,
             timeout,
         }))
     }
@@ -69,6 +79,23 @@ impl Files {
             entry_timeout: *timeout,
         };
         Ok((entry, handle))
+    }
+
+    /// Notes that the guest is told of an entry, and tells it how long that holds.
+    fn tell(&self, parent: Ino, name: &CStr, mut entry: Entry) -> Entry {
+        if self.0.volumes.told(parent, name, entry.inode) {
+            (entry.attr_timeout, entry.entry_timeout) = (Duration::ZERO, Duration::ZERO);
+        }
+        entry
+    }
+
+    /// How long attributes of virtiofsd's inode hold.
+    fn hold(&self, inode: Ino, (attr, timeout): (Attr, Duration)) -> (Attr, Duration) {
+        if self.0.volumes.contain(inode) {
+            (attr, Duration::ZERO)
+        } else {
+            (attr, timeout)
+        }
     }
 
     /// A directory of virtiofsd's as a descriptor. It keeps those to itself, but reads from a file
@@ -117,17 +144,20 @@ impl FileSystem for Files {
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.0.unnamed.clear();
+        self.0.volumes.clear();
         self.0.fs.init(capable)
     }
 
     fn destroy(&self) {
         self.0.unnamed.clear();
+        self.0.volumes.clear();
         self.0.fs.destroy();
     }
 
     fn lookup(&self, ctx: Context, parent: Ino, name: &CStr) -> io::Result<Entry> {
         named_only!(parent);
-        self.0.fs.lookup(ctx, parent, name)
+        let entry = self.0.fs.lookup(ctx, parent, name)?;
+        Ok(self.tell(parent, name, entry))
     }
 
     fn forget(&self, ctx: Context, inode: Ino, count: u64) {
@@ -135,6 +165,7 @@ impl FileSystem for Files {
             // It is told to the guest once, when it is made.
             self.0.unnamed.remove(inode);
         } else {
+            self.0.volumes.forget(inode, count);
             self.0.fs.forget(ctx, inode, count);
         }
     }
@@ -144,6 +175,9 @@ impl FileSystem for Files {
             requests.into_iter().partition(|(inode, _)| is_ours(*inode));
         for (inode, _) in ours {
             self.0.unnamed.remove(inode);
+        }
+        for (inode, count) in &theirs {
+            self.0.volumes.forget(*inode, *count);
         }
         self.0.fs.batch_forget(ctx, theirs);
     }
@@ -155,7 +189,8 @@ impl FileSystem for Files {
         handle: Option<Handle>,
     ) -> io::Result<(Attr, Duration)> {
         if !is_ours(inode) {
-            return self.0.fs.getattr(ctx, inode, handle);
+            let attributes = self.0.fs.getattr(ctx, inode, handle)?;
+            return Ok(self.hold(inode, attributes));
         }
         Ok((
             attributes(&self.0.unnamed.get(inode)?.file)?,
@@ -172,7 +207,8 @@ impl FileSystem for Files {
         valid: SetattrValid,
     ) -> io::Result<(Attr, Duration)> {
         if !is_ours(inode) {
-            return self.0.fs.setattr(ctx, inode, attr, handle, valid);
+            let attributes = self.0.fs.setattr(ctx, inode, attr, handle, valid)?;
+            return Ok(self.hold(inode, attributes));
         }
         let file = self.0.unnamed.get(inode)?.file;
         change(&file, &attr, valid)?;
@@ -193,7 +229,9 @@ impl FileSystem for Files {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         named_only!(parent);
-        self.0.fs.symlink(ctx, target, parent, name, extensions)
+        let fs = &self.0.fs;
+        let entry = fs.symlink(ctx, target, parent, name, extensions)?;
+        Ok(self.tell(parent, name, entry))
     }
 
     fn mknod(
@@ -207,9 +245,9 @@ impl FileSystem for Files {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         named_only!(parent);
-        self.0
-            .fs
-            .mknod(ctx, parent, name, mode, rdev, umask, extensions)
+        let fs = &self.0.fs;
+        let entry = fs.mknod(ctx, parent, name, mode, rdev, umask, extensions)?;
+        Ok(self.tell(parent, name, entry))
     }
 
     fn mkdir(
@@ -222,7 +260,9 @@ impl FileSystem for Files {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         named_only!(parent);
-        self.0.fs.mkdir(ctx, parent, name, mode, umask, extensions)
+        let fs = &self.0.fs;
+        let entry = fs.mkdir(ctx, parent, name, mode, umask, extensions)?;
+        Ok(self.tell(parent, name, entry))
     }
 
     fn unlink(&self, ctx: Context, parent: Ino, name: &CStr) -> io::Result<()> {
@@ -252,12 +292,15 @@ impl FileSystem for Files {
 
     fn link(&self, ctx: Context, inode: Ino, parent: Ino, name: &CStr) -> io::Result<Entry> {
         named_only!(parent);
-        if !is_ours(inode) {
-            return self.0.fs.link(ctx, inode, parent, name);
-        }
-        let directory = self.directory(ctx, parent)?;
-        self.0.unnamed.link(inode, &directory, name)?;
-        self.0.fs.lookup(ctx, parent, name)
+        let fs = &self.0.fs;
+        let entry = if is_ours(inode) {
+            let directory = self.directory(ctx, parent)?;
+            self.0.unnamed.link(inode, &directory, name)?;
+            fs.lookup(ctx, parent, name)?
+        } else {
+            fs.link(ctx, inode, parent, name)?
+        };
+        Ok(self.tell(parent, name, entry))
     }
 
     fn open(
@@ -288,9 +331,10 @@ impl FileSystem for Files {
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
         named_only!(parent);
-        self.0
-            .fs
-            .create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)
+        let fs = &self.0.fs;
+        let (entry, handle, options) =
+            fs.create(ctx, parent, name, mode, kill_priv, flags, umask, extensions)?;
+        Ok((self.tell(parent, name, entry), handle, options))
     }
 
     fn read<W: ZeroCopyWriter>(

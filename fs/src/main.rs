@@ -15,18 +15,25 @@ mod confine;
 mod files;
 mod filter;
 mod logger;
+mod pressure;
 mod serve;
 mod share;
 mod sys;
 mod unnamed;
+mod volumes;
 mod workers;
 
+use std::ffi::{CString, OsString};
 use std::os::fd::RawFd;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Parser;
+
+use crate::pressure::Pressure;
+use crate::volumes::Volumes;
 
 /// Serves a directory to a virtual machine over vhost-user.
 #[derive(Debug, Parser)]
@@ -39,6 +46,12 @@ struct Args {
     /// mounted below it later appears.
     #[arg(long, value_name = "DIR")]
     share: PathBuf,
+    /// The directories `DIR/*/NAME` hold volumes, which others change as well.
+    #[arg(long, value_name = "NAME", default_value = "mounts")]
+    volumes: OsString,
+    /// Descriptor of an eventfd to signal when descriptors run out and the guest should forget files.
+    #[arg(long, value_name = "N")]
+    pressure_fd: Option<RawFd>,
     /// error, warn, info, debug or trace.
     #[arg(long, default_value = "warn")]
     log_level: log::LevelFilter,
@@ -62,13 +75,17 @@ fn run(args: &Args) -> anyhow::Result<()> {
     logger::install(args.log_level);
     let listener = sys::listener(args.listen_fd)
         .with_context(|| format!("descriptor {} is not a listening socket", args.listen_fd))?;
+    let event = args.pressure_fd.map(sys::event).transpose();
+    let event = event.context("--pressure-fd")?;
     let parent = sys::parent().context("cannot watch the parent process")?;
     let descriptors = share::raise_descriptor_limit()?;
 
     let proc = confine::enter(&args.share)?;
-    let fs = share::file_system(proc, descriptors, args.threads)?;
+    let volumes = CString::new(args.volumes.as_bytes()).context("--volumes")?;
+    let fs = share::file_system(proc, descriptors, args.threads, Volumes::new(volumes))?;
     confine::drop_privileges()?;
     filter::install()?;
 
-    serve::serve(fs, listener, parent, args.threads.into())
+    let pressure = Pressure::new(event, descriptors);
+    serve::serve(fs, pressure, listener, parent, args.threads.into())
 }

@@ -14,6 +14,7 @@ use vm_memory::GuestMemoryAtomic;
 
 use crate::backend::{Backend, Memory};
 use crate::files::Files;
+use crate::pressure::Pressure;
 
 /// Threads unless told otherwise.
 pub const DEFAULT_THREADS: u8 = 4;
@@ -31,11 +32,12 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// way, is the ordinary end.
 pub fn serve(
     files: Files,
+    pressure: Pressure,
     listener: UnixListener,
     parent: OwnedFd,
     threads: usize,
 ) -> anyhow::Result<()> {
-    let backend = Arc::new(Backend::new(files, threads));
+    let backend = Arc::new(Backend::new(files, pressure, threads));
     let memory = GuestMemoryAtomic::new(Memory::new());
     let mut daemon = VhostUserDaemon::new("vhost-user".into(), backend, memory)
         .map_err(shown)

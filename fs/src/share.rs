@@ -10,6 +10,7 @@ use virtiofsd::passthrough::{
 
 use crate::confine::Proc;
 use crate::files::Files;
+use crate::volumes::Volumes;
 
 /// Descriptors kept back from the guest: sockets, eventfds, memory regions, mounts, and one in
 /// flight per thread.
@@ -18,11 +19,9 @@ const RESERVED_DESCRIPTORS: u64 = 64;
 const UNNAMED_SHARE: u64 = 64;
 /// Below this many descriptors a container could not even start.
 const LEAST_DESCRIPTORS: u64 = 512;
-/// How long the guest trusts a name or attributes before it asks again.
-///
-/// Volumes are shared with the host, where files change without the guest's doing; a second is
-/// what containers on network file systems live with. Data is not covered by it: with
-/// [`CachePolicy::Auto`] the guest drops cached data at each open when the file has changed.
+/// How long the guest trusts a name or attributes before it asks again; in volumes it asks each time
+/// ([`crate::volumes`]). Data is not covered by it: with [`CachePolicy::Auto`] the guest drops cached
+/// data at each open when the file has changed.
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Raises the limit of open descriptors to what the kernel allows at most, or, without the
@@ -57,7 +56,12 @@ pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
 ///
 /// # Errors
 /// File handles cannot be opened.
-pub fn file_system(proc: Proc, descriptors: u64, threads: u8) -> anyhow::Result<Files> {
+pub fn file_system(
+    proc: Proc,
+    descriptors: u64,
+    threads: u8,
+    volumes: Volumes,
+) -> anyhow::Result<Files> {
     let ours = proc
         .descriptors
         .try_clone()
@@ -97,5 +101,6 @@ pub fn file_system(proc: Proc, descriptors: u64, threads: u8) -> anyhow::Result<
         ..Config::default()
     };
     let fs = PassthroughFs::new(config).context("cannot serve the share")?;
-    Ok(Files::new(fs, ours, descriptors / UNNAMED_SHARE, TIMEOUT))
+    let unnamed = descriptors / UNNAMED_SHARE;
+    Ok(Files::new(fs, ours, unnamed, TIMEOUT, volumes))
 }

@@ -28,6 +28,24 @@ pub fn listener(fd: RawFd) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
+/// Takes over an inherited eventfd(2), or whatever else can be written to.
+///
+/// # Errors
+/// The descriptor is not open.
+pub fn event(fd: RawFd) -> io::Result<File> {
+    if fd <= libc::STDERR_FILENO || !is_open(fd) {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: it is open and ours by the contract of --pressure-fd.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+/// Whether this number is that of an open descriptor.
+pub fn is_open(fd: RawFd) -> bool {
+    // SAFETY: F_GETFD only asks, and fails for a number that is none.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+}
+
 /// A descriptor that becomes readable when the process that started this one ends
 /// (pidfd_open(2)).
 ///

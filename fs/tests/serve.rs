@@ -155,6 +155,28 @@ fn a_mount_made_later_appears_and_is_announced() {
 }
 
 #[test]
+fn what_is_in_a_volume_is_asked_for_each_time() {
+    let share = Share::new();
+    for directory in ["box/rootfs/mounts", "box/mounts/0"] {
+        std::fs::create_dir_all(share.path().join(directory)).unwrap();
+    }
+    let server = start(share.path());
+    let mut guest = Guest::mount(&server);
+    let mut walk = |path: &str| {
+        let step = |(node, _), name| {
+            let entry = guest.lookup(node, name).unwrap();
+            (entry.node, entry.holds)
+        };
+        path.split('/').fold((ROOT, (0, 0)), step)
+    };
+    assert_eq!(walk("box/rootfs/mounts").1, (1, 1));
+    let (volume, holds) = walk("box/mounts/0");
+    assert_eq!(holds, (0, 0));
+    let (file, _) = guest.create(volume, "new", 0o600).unwrap();
+    assert_eq!(file.holds, (0, 0));
+}
+
+#[test]
 fn nothing_outside_the_share_can_be_reached() {
     let share = Share::new();
     let server = start(share.path());

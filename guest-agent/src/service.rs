@@ -246,6 +246,15 @@ impl Service {
         Ok(())
     }
 
+    /// Drops names and inodes from the kernel's caches (Linux, Documentation/admin-guide/sysctl/vm.rst,
+    /// drop_caches): with FORGET the file server closes what it holds open for them.
+    async fn forget_files(&self) -> Result<()> {
+        launch::aside(&self.with.reaper, "cannot drop the caches", || {
+            fs::write("/proc/sys/vm/drop_caches", "2").map_err(|error| error.to_string())
+        })
+        .await
+    }
+
     async fn shut_down(&self) {
         let containers: Vec<_> = self.lock().values().flatten().cloned().collect();
         for container in &containers {
@@ -428,7 +437,12 @@ impl Agent for Service {
     }
 
     async fn set_clock(&self, _: &TtrpcContext, request: Clock) -> Answer<Empty> {
-        clock::set(request.realtime_ns)?;
+        clock::correct(request.realtime_ns)?;
+        Ok(Empty::new())
+    }
+
+    async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {
+        Self::forget_files(self).await?;
         Ok(Empty::new())
     }
 

@@ -430,6 +430,8 @@ impl Attr {
 #[derive(Debug, Clone, Copy)]
 pub struct Entry {
     pub node: u64,
+    /// How long the name and the attributes hold, in whole seconds.
+    pub holds: (u64, u64),
     pub attr: Attr,
 }
 
@@ -439,6 +441,7 @@ impl Entry {
     pub fn parse(bytes: &[u8]) -> Self {
         Self {
             node: u64_at(bytes, 0),
+            holds: (u64_at(bytes, 16), u64_at(bytes, 24)),
             attr: Attr::parse(&bytes[40..]),
         }
     }
