@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sepal_protocol::agent::{
-    ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest, ProcessCreated,
-    ProcessExit, ProcessId, ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats,
-    UpdateContainerRequest,
+    Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest, Network,
+    ProcessCreated, ProcessExit, ProcessId, ResizeTerminalRequest, SetUpPodRequest,
+    SignalProcessRequest, Stats, UpdateContainerRequest,
 };
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::ready::{AgentReady, MAX_LINE};
@@ -202,6 +202,12 @@ impl Agent {
     calls! {
         /// Network, names and clock of the pod.
         set_up_pod(SetUpPodRequest) -> Empty, within(LONG);
+        /// Brings the guest's network to what is given.
+        update_network(Network) -> Empty, within(LONG);
+        /// Tells the host's time.
+        set_clock(Clock) -> Empty, within(SHORT);
+        /// Lets go of files that nobody uses.
+        forget_files(Empty) -> Empty, within(SHORT);
         /// Makes a container; its process does not run yet.
         create_container(CreateContainerRequest) -> ProcessCreated, within(LONG);
         /// Makes a further process of a container.

@@ -39,6 +39,9 @@ use crate::vm::Vm;
 /// Longest wait for the guest to power off before it is killed.
 const POWER_OFF: Duration = Duration::from_secs(5);
 
+/// How often the guest is told the time. Crystals differ by some 20 ppm: 1 ms in 50 s.
+const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
+
 /// Who the pod is.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -56,6 +59,63 @@ pub struct Up {
     pub vm: Arc<Vm>,
     /// The guest's agent.
     pub agent: Agent,
+    /// The pod's network namespace while nothing has been found in it.
+    unconnected: tokio::sync::Mutex<Option<OwnedFd>>,
+}
+
+impl Up {
+    /// Looks once more for a network that was not there when the VM booted: some clients (`ctr run
+    /// --cni`) bring it between the creation of a task and its start.
+    ///
+    /// # Errors
+    /// As of [`network::set_up`]; or the VM does not take an interface.
+    pub async fn connect_network(&self) -> Result<()> {
+        let mut place = self.unconnected.lock().await;
+        let Some(netns) = place.take() else {
+            return Ok(());
+        };
+        let (nics, network, netns) = scan_network(netns).await?;
+        if nics.is_empty() {
+            *place = Some(netns);
+            return Ok(());
+        }
+        for (number, nic) in nics.into_iter().enumerate() {
+            self.vm.add_net(number, nic).await?;
+        }
+        self.agent.update_network(&network).await?;
+        Ok(())
+    }
+
+    /// Has the guest let go of files when the file server's descriptors run out.
+    async fn mind_files(&self) -> std::convert::Infallible {
+        loop {
+            if let Err(e) = self.vm.files_run_out().await {
+                tracing::warn!("the file server's event cannot be waited for: {e}");
+                return std::future::pending().await;
+            }
+            let asked = self.agent.forget_files(&messages::Empty::default()).await;
+            if let Err(e) = asked {
+                tracing::warn!("the guest does not let go of files: {e}");
+            }
+            // Its kernel needs a while for many; and nobody may keep us busy with this.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Tells the guest the time now and then: its clock and the host's are different crystals to it,
+    /// unless KVM offers a paravirtual one, and the VM may have been paused.
+    async fn tell_time(&self) -> std::convert::Infallible {
+        let mut rounds = tokio::time::interval(CLOCK_INTERVAL);
+        rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // The first is at once, and the pod has just been told.
+        rounds.tick().await;
+        loop {
+            rounds.tick().await;
+            if let Err(e) = self.agent.set_clock(&clock()).await {
+                tracing::debug!("the guest was not told the time: {e}");
+            }
+        }
+    }
 }
 
 type Outcome = std::result::Result<Arc<Up>, Arc<Error>>;
@@ -186,7 +246,11 @@ impl Pod {
         self.up.send_replace(Some(outcome));
         if let Some(up) = up {
             tokio::spawn(self.clone().hear_events(up.clone()));
-            let reason = up.vm.ended().await;
+            let reason = tokio::select! {
+                reason = up.vm.ended() => reason,
+                never = up.tell_time() => match never {},
+                never = up.mind_files() => match never {},
+            };
             if !self.removing.load(Ordering::Relaxed) {
                 tracing::error!("the virtual machine has ended: {reason}");
             }
@@ -236,14 +300,21 @@ impl Pod {
         set_oom_score(&[vm.vmm_pid, vm.fs_pid], oom_score);
         let pids = [std::process::id(), vm.vmm_pid, vm.fs_pid];
         let held = tokio::task::spawn_blocking(move || cgroup.hold(&pids));
-        let agent = self.boot(&vm, &mut spec, &size, &role, joined).await;
+        let booted = self.boot(&vm, &mut spec, &size, &role, joined).await;
         // In any case before the cgroup might be removed again.
         held.await
             .map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
-        Ok(Arc::new(Up { vm, agent: agent? }))
+        let (agent, unconnected) = booted?;
+        let unconnected = tokio::sync::Mutex::new(unconnected);
+        Ok(Arc::new(Up {
+            vm,
+            agent,
+            unconnected,
+        }))
     }
 
-    /// From the processes to a guest that serves.
+    /// From the processes to a guest that serves. Answers with the network namespace, too, if it
+    /// is empty.
     async fn boot(
         &self,
         vm: &Vm,
@@ -251,7 +322,7 @@ impl Pod {
         size: &Size,
         role: &Role,
         joined: Option<OwnedFd>,
-    ) -> Result<Agent> {
+    ) -> Result<(Agent, Option<OwnedFd>)> {
         let config = &self.config;
         let ready = UnixListener::bind(agent::host_socket(&self.directory, ports::READY))
             .map_err(Error::io("listen in", &self.directory))?;
@@ -263,9 +334,8 @@ impl Pod {
             Some(fd) => fd,
             None => open_netns(Path::new(&format!("/proc/{}/ns/net", vm.vmm_pid)))?,
         };
-        let (nics, network) = tokio::task::spawn_blocking(move || network::set_up(netns.as_fd()))
-            .await
-            .map_err(|e| Error::io("set up the network of", &self.directory)(e.into()))??;
+        let (nics, network, netns) = scan_network(netns).await?;
+        let unconnected = nics.is_empty().then_some(netns);
         self.timeline.note("network");
 
         let booted = vm.boot(config, &self.name, size, nics).await?;
@@ -284,7 +354,7 @@ impl Pod {
         let request = set_up_request(&self.identity.id, spec, role, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
-        Ok(agent)
+        Ok((agent, unconnected))
     }
 
     fn note_guest(&self, announced: &AgentReady) {
@@ -411,6 +481,16 @@ pub async fn run_creation_hooks(hooks: &Hooks, state: &hooks::State) -> Result<(
     Ok(())
 }
 
+/// [`network::set_up`] on a thread that may block. Gives the namespace back.
+async fn scan_network(netns: OwnedFd) -> Result<(Vec<network::Nic>, messages::Network, OwnedFd)> {
+    let work = move || network::set_up(netns.as_fd()).map(|(nics, found)| (nics, found, netns));
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|source| network::Error::Io {
+        what: "look at its namespace",
+        source: source.into(),
+    })??)
+}
+
 fn open_netns(path: &Path) -> Result<OwnedFd> {
     let file = std::fs::File::open(path).map_err(|source| network::Error::Namespace {
         path: path.into(),
@@ -434,19 +514,23 @@ fn host_cpus() -> u8 {
     u8::try_from(cpus).unwrap_or(u8::MAX)
 }
 
+/// The host's time.
+fn clock() -> messages::Clock {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    messages::Clock {
+        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        ..Default::default()
+    }
+}
+
 fn set_up_request(
     pod_id: &str,
     spec: &Spec,
     role: &Role,
     network: messages::Network,
 ) -> SetUpPodRequest {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let clock = messages::Clock {
-        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-        ..Default::default()
-    };
     let sysctls = spec
         .linux()
         .as_ref()
@@ -456,7 +540,7 @@ fn set_up_request(
         pod_id: pod_id.into(),
         hostname: spec.hostname().clone().unwrap_or_default(),
         network: network::field(&network),
-        clock: protobuf::MessageField::some(clock),
+        clock: protobuf::MessageField::some(clock()),
         // The network namespace is the VM's own; other parameters belong to the container's.
         sysctls: sysctls
             .into_iter()

@@ -153,6 +153,7 @@ impl Pod {
         let up = self.up().await?;
         let pid = up.vm.vmm_pid;
         if exec.is_empty() {
+            up.connect_network().await?;
             self.call(&up, up.agent.start_process(&process.id()))
                 .await?;
             process.advance(Phase::Running);

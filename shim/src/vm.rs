@@ -14,12 +14,13 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::WaitStatus;
 use sepal_protocol::config::Config;
 use sepal_protocol::control::{self, Booted, Request, Response};
-use sepal_protocol::paths::{guest, pod};
+use sepal_protocol::paths::{MOUNTS, guest, pod};
 use sepal_protocol::vm::{ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -80,6 +81,8 @@ pub struct Vm {
     vmm: Arc<OwnedFd>,
     fs: Arc<OwnedFd>,
     control: Mutex<AsyncFd<OwnedFd>>,
+    /// The file server signals here that its descriptors run out.
+    pressure: AsyncFd<OwnedFd>,
     directory: PathBuf,
     ended: watch::Receiver<Option<Arc<str>>>,
 }
@@ -107,6 +110,8 @@ impl Vm {
             nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK),
         )
         .map_err(|e| io("make the control socket")(e.into()))?;
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        let pressure = EventFd::from_flags(flags).map_err(|e| io("make an eventfd")(e.into()))?;
         let fs_socket = UnixListener::bind(directory.join(pod::FS))
             .map_err(io("listen for the file server"))?;
 
@@ -119,22 +124,27 @@ impl Vm {
             "--log",
             config.log_level.as_str(),
         ]);
-        let vmm = start(command, &directory.join(VMM_LOG), theirs.as_fd(), netns)?;
+        // It copies the kernel while the network is looked at.
+        command.arg("--preload").arg(&config.kernel);
+        command.arg("--preload-deprivileged");
+        command.arg(&config.kernel_deprivileged);
+        let inherited = [theirs.as_fd()];
+        let vmm = start(command, &directory.join(VMM_LOG), &inherited, netns)?;
         let mut command = Command::new(&config.fs);
         command.args([
             "--listen-fd",
             "3",
+            "--pressure-fd",
+            "4",
+            "--volumes",
+            MOUNTS,
             "--log-level",
             config.log_level.as_str(),
             "--share",
         ]);
         command.arg(directory.join(pod::SHARE));
-        let fs = start(
-            command,
-            &directory.join(FS_LOG),
-            fs_socket.as_fd(),
-            Netns::Same,
-        );
+        let inherited = [fs_socket.as_fd(), pressure.as_fd()];
+        let fs = start(command, &directory.join(FS_LOG), &inherited, Netns::Same);
         let fs = match fs {
             Ok(fs) => fs,
             Err(e) => {
@@ -147,6 +157,8 @@ impl Vm {
         };
         let control = sys::watch(ours, Interest::READABLE | Interest::WRITABLE)
             .map_err(io("watch the control socket"))?;
+        let pressure = sys::watch(pressure.into(), Interest::READABLE)
+            .map_err(io("watch the file server's event"))?;
         let (vmm_fd, fs_fd) = (Arc::new(vmm.pidfd), Arc::new(fs.pidfd));
         let (tell, ended) = watch::channel(None);
         tokio::spawn(supervise(
@@ -161,6 +173,7 @@ impl Vm {
             vmm: vmm_fd,
             fs: fs_fd,
             control: Mutex::new(control),
+            pressure,
             directory: directory.into(),
             ended,
         })
@@ -181,24 +194,9 @@ impl Vm {
             .map_err(io("connect to the file server"))?;
         let mut fds: Vec<OwnedFd> = vec![fs.into()];
         let mut net = Vec::new();
-        let mut index = |fd: OwnedFd| {
-            fds.push(fd);
-            FdIndex(u32::try_from(fds.len() - 1).unwrap_or(u32::MAX))
-        };
+        let mut index = |fd| push(&mut fds, fd);
         for (number, nic) in nics.into_iter().enumerate() {
-            let tap = index(nic.tap);
-            let vhost = File::options()
-                .read(true)
-                .write(true)
-                .open("/dev/vhost-net")
-                .ok();
-            net.push(NetSpec {
-                id: format!("net{number}"),
-                tap,
-                vhost: vhost.map(|file| index(file.into())),
-                mac: nic.mac,
-                mtu: nic.mtu,
-            });
+            net.push(net_spec(number, nic, &mut index));
         }
         let path = |path: &Path| Some(path.to_path_buf());
         let image = config
@@ -234,6 +232,19 @@ impl Vm {
         };
         match self.request(&Request::Boot(Box::new(spec)), &fds).await? {
             Response::Booted(booted) => Ok(booted),
+            _ => Err(Error::Confused),
+        }
+    }
+
+    /// Hot-plugs a network interface; `number` counts those of the pod.
+    ///
+    /// # Errors
+    /// The VMM refuses or has died.
+    pub async fn add_net(&self, number: usize, nic: Nic) -> Result<(), Error> {
+        let mut fds = Vec::new();
+        let spec = net_spec(number, nic, &mut |fd| push(&mut fds, fd));
+        match self.request(&Request::AddNet(spec), &fds).await? {
+            Response::Ok => Ok(()),
             _ => Err(Error::Confused),
         }
     }
@@ -289,6 +300,22 @@ impl Vm {
         }
     }
 
+    /// Waits until the file server says that its descriptors run out.
+    ///
+    /// # Errors
+    /// The descriptor cannot be waited for.
+    pub async fn files_run_out(&self) -> std::io::Result<()> {
+        let mut count = [0; 8];
+        loop {
+            let mut guard = self.pressure.readable().await?;
+            match nix::unistd::read(self.pressure.get_ref(), &mut count) {
+                Ok(_) => return Ok(()),
+                Err(nix::Error::EAGAIN) => guard.clear_ready(),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
     /// Waits until the VM has ended and tells why.
     pub async fn ended(&self) -> Arc<str> {
         let mut ended = self.ended.clone();
@@ -319,10 +346,29 @@ impl Vm {
     }
 }
 
+/// Adds a descriptor to those that go with a request.
+fn push(fds: &mut Vec<OwnedFd>, fd: OwnedFd) -> FdIndex {
+    fds.push(fd);
+    FdIndex(u32::try_from(fds.len() - 1).unwrap_or(u32::MAX))
+}
+
+fn net_spec(number: usize, nic: Nic, index: &mut dyn FnMut(OwnedFd) -> FdIndex) -> NetSpec {
+    let tap = index(nic.tap);
+    let mut vhost = File::options();
+    let vhost = vhost.read(true).write(true).open("/dev/vhost-net").ok();
+    NetSpec {
+        id: format!("net{number}"),
+        tap,
+        vhost: vhost.map(|file| index(file.into())),
+        mac: nic.mac,
+        mtu: nic.mtu,
+    }
+}
+
 fn start(
     mut command: Command,
     log: &Path,
-    inherited: std::os::fd::BorrowedFd<'_>,
+    inherited: &[std::os::fd::BorrowedFd<'_>],
     netns: Netns<'_>,
 ) -> Result<Child, Error> {
     let program = PathBuf::from(command.get_program());
@@ -334,7 +380,7 @@ fn start(
         .map_err(io("open a log in the pod's directory"))?;
     command.env_clear().current_dir("/");
     let spawn = Spawn {
-        inherited: &[inherited],
+        inherited,
         netns,
         dies_with_parent: true,
         log: Some(&log),
