@@ -15,6 +15,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
+use sepal_protocol::vm::KvmFlavour;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::memory::{ECAM_SIZE, ECAM_START, Layout, MIB, Target};
@@ -72,6 +73,37 @@ pub enum Error {
         length: u64,
         /// What it should be at least.
         needed: u64,
+    },
+    /// A kernel that runs on hardware virtualization only.
+    #[error(
+        "the guest kernel {} is not made for the KVM of this host, which runs guests \
+         deprivileged; set `kernel_deprivileged` to one that is", path.display()
+    )]
+    OtherFlavour {
+        /// Which.
+        path: PathBuf,
+    },
+    /// Shorter than its superblock says.
+    #[error(
+        "the guest image {} is truncated: it has {length} bytes, its file system {needed}; \
+         install it again", path.display()
+    )]
+    TruncatedImage {
+        /// Which.
+        path: PathBuf,
+        /// Its length.
+        length: u64,
+        /// What it should be at least.
+        needed: u64,
+    },
+    /// Not an EROFS.
+    #[error(
+        "{} is not a guest image: Sepal boots from an EROFS file system; install it again",
+        path.display()
+    )]
+    NotAnImage {
+        /// Which.
+        path: PathBuf,
     },
     /// RAM is too small.
     #[error(
@@ -141,9 +173,23 @@ pub struct Kernel {
     pub entry: u64,
     /// The first byte behind it.
     pub end: u64,
+    /// It can do without hardware virtualization.
+    pub deprivileged: bool,
 }
 
 impl Kernel {
+    /// Checks that this KVM can run it.
+    ///
+    /// # Errors
+    /// [`Error::OtherFlavour`].
+    pub fn check_flavour(self, path: &Path, flavour: KvmFlavour) -> Result<Self, Error> {
+        // The other way round all is well: the patched kernel finds out where it runs.
+        if flavour == KvmFlavour::Deprivileged && !self.deprivileged {
+            return Err(Error::OtherFlavour { path: path.into() });
+        }
+        Ok(self)
+    }
+
     /// Checks that RAM holds it.
     ///
     /// # Errors
@@ -168,7 +214,7 @@ impl Kernel {
 /// Not a kernel, truncated, or RAM too small.
 pub fn load_kernel(path: &Path, target: Target<'_>, layout: &Layout) -> Result<Kernel, Error> {
     let mut file = open("kernel", path)?;
-    let (entry, segments) = read_elf(&mut file, path)?;
+    let (entry, segments, deprivileged) = read_elf(&mut file, path)?;
     // read_elf has checked that these sums do not overflow.
     let ends = segments
         .iter()
@@ -176,6 +222,7 @@ pub fn load_kernel(path: &Path, target: Target<'_>, layout: &Layout) -> Result<K
     let kernel = Kernel {
         entry,
         end: ends.max().unwrap_or(0),
+        deprivileged,
     };
     let kernel = kernel.check(path, layout)?;
     for segment in &segments {
@@ -190,8 +237,77 @@ pub fn load_kernel(path: &Path, target: Target<'_>, layout: &Layout) -> Result<K
     Ok(kernel)
 }
 
-/// The entry and the PT_LOAD segments, all of them checked against the file and each other.
-fn read_elf(file: &mut File, path: &Path) -> Result<(u64, Vec<Segment>), Error> {
+/// Opens the guest image and checks that it is whole, as far as its superblock tells (Linux,
+/// fs/erofs/erofs_fs.h): a guest that finds it is not can only panic.
+///
+/// # Errors
+/// There is none, it is no EROFS, or truncated.
+pub fn open_image(path: &Path) -> Result<File, Error> {
+    const SUPERBLOCK: u64 = 1024;
+    const MAGIC: u32 = 0xe0f5_e1e2;
+    let file = open("image", path)?;
+    let failed = |reason| Error::Read {
+        what: "image",
+        path: path.into(),
+        reason,
+    };
+    let length = file.metadata().map_err(failed)?.len();
+    let mut superblock = [0_u8; 128];
+    let needed = SUPERBLOCK + superblock.len() as u64;
+    if length < needed {
+        return Err(Error::TruncatedImage {
+            path: path.into(),
+            length,
+            needed,
+        });
+    }
+    file.read_exact_at(&mut superblock, SUPERBLOCK)
+        .map_err(failed)?;
+    let block_bits = superblock[12];
+    if u32_at(&superblock, 0) != MAGIC || !(9..=16).contains(&block_bits) {
+        return Err(Error::NotAnImage { path: path.into() });
+    }
+    let needed = u64::from(u32_at(&superblock, 36)) << block_bits;
+    if length < needed {
+        return Err(Error::TruncatedImage {
+            path: path.into(),
+            length,
+            needed,
+        });
+    }
+    Ok(file)
+}
+
+/// Looks in a PT_NOTE segment for the mark that kernel-config's patches leave in a kernel which can
+/// do without hardware virtualization: name "Sepal", type 1 (System V ABI, "Note Section").
+fn has_mark(file: &File, offset: u64, size: u64) -> bool {
+    const NAME: &[u8] = b"Sepal\0";
+    const MOST: u64 = 64 << 10;
+    let mut notes = vec![0; size.min(MOST) as usize];
+    if file.read_exact_at(&mut notes, offset).is_err() {
+        return false;
+    }
+    let mut rest = notes.as_slice();
+    while let Some((header, after)) = rest.split_at_checked(12) {
+        let [name_size, size] = [u32_at(header, 0), u32_at(header, 4)].map(|size| size as usize);
+        let padded = name_size.next_multiple_of(4);
+        let (Some(name), Some(next)) = (
+            after.get(..name_size),
+            padded.checked_add(size.next_multiple_of(4)),
+        ) else {
+            return false;
+        };
+        if name == NAME && u32_at(header, 8) == 1 {
+            return true;
+        }
+        rest = after.get(next..).unwrap_or_default();
+    }
+    false
+}
+
+/// The entry and the PT_LOAD segments, all of them checked against the file and each other; and
+/// whether the kernel can do without hardware virtualization.
+fn read_elf(file: &mut File, path: &Path) -> Result<(u64, Vec<Segment>, bool), Error> {
     let not_a_kernel = |why| Error::NotAKernel {
         path: path.into(),
         why,
@@ -235,8 +351,13 @@ fn read_elf(file: &mut File, path: &Path) -> Result<(u64, Vec<Segment>), Error> 
         .map_err(|_| not_a_kernel("its program headers cannot be read"))?;
 
     let mut segments = Vec::new();
+    let mut deprivileged = false;
     for header in headers.chunks_exact(56) {
         const PT_LOAD: u32 = 1;
+        const PT_NOTE: u32 = 4;
+        if u32_at(header, 0) == PT_NOTE {
+            deprivileged |= has_mark(file, u64_at(header, 8), u64_at(header, 32));
+        }
         if u32_at(header, 0) != PT_LOAD {
             continue;
         }
@@ -263,7 +384,7 @@ fn read_elf(file: &mut File, path: &Path) -> Result<(u64, Vec<Segment>), Error> 
     if !segments.iter().any(inside) {
         return Err(not_a_kernel("its entry lies outside of it"));
     }
-    Ok((entry, segments))
+    Ok((entry, segments, deprivileged))
 }
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {

@@ -21,6 +21,67 @@ fn ram() -> Ram {
     Ram::new(&spec).unwrap()
 }
 
+#[test]
+fn a_kernel_says_that_it_can_do_without_hardware_virtualization() {
+    let notes = [
+        // Another's, of a length that is no multiple of 4, then ours.
+        &[4, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0][..],
+        b"Xen\0hello\0\0\0",
+        &[6, 0, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0],
+        b"Sepal\0\0\0\x01\0\0\0",
+    ]
+    .concat();
+    let mut file = elf(
+        ENTRY,
+        &[(4096, ENTRY, 64, 64), (8192, 0, notes.len() as u64, 0)],
+    );
+    file[64 + 56..][..4].copy_from_slice(&4_u32.to_le_bytes()); // PT_NOTE
+    let kernel_of = |notes: &[u8]| {
+        let mut file = file.clone();
+        file.truncate(8192);
+        file.extend_from_slice(notes);
+        let named = NamedTempFile::new().unwrap();
+        named.as_file().write_all(&file).unwrap();
+        let ram = ram();
+        load_kernel(named.path(), ram.target(), &ram.layout).unwrap()
+    };
+    let ours = kernel_of(&notes);
+    assert!(ours.deprivileged);
+    let path = Path::new("vmlinux");
+    for (kernel, flavour, fits) in [
+        (ours, KvmFlavour::Deprivileged, true),
+        (ours, KvmFlavour::Hardware, true),
+        (kernel_of(&notes[..36]), KvmFlavour::Hardware, true),
+        (kernel_of(&notes[..36]), KvmFlavour::Deprivileged, false),
+    ] {
+        assert_eq!(kernel.check_flavour(path, flavour).is_ok(), fits);
+    }
+    // Lengths that lead out of the segment.
+    let mut wild = notes.clone();
+    wild[..8].fill(0xff);
+    assert!(!kernel_of(&wild).deprivileged);
+}
+
+#[test]
+fn an_image_is_whole_or_refused() {
+    let mut image = vec![0_u8; 3 * 4096];
+    image[1024..1028].copy_from_slice(&0xe0f5_e1e2_u32.to_le_bytes());
+    image[1024 + 12] = 12;
+    image[1024 + 36] = 3;
+    let open = |bytes: &[u8]| {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().write_all(bytes).unwrap();
+        open_image(file.path())
+    };
+    assert!(open(&image).is_ok());
+    for length in [0, 512, 1024, 3 * 4096 - 1] {
+        let error = open(&image[..length]).unwrap_err();
+        assert!(matches!(error, Error::TruncatedImage { .. }), "{error}");
+    }
+    image[1024] = 0;
+    assert!(matches!(open(&image), Err(Error::NotAnImage { .. })));
+}
+
 /// (file offset, gpa, file size, memory size) of each PT_LOAD.
 type Load = (u64, u64, u64, u64);
 
@@ -186,6 +247,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
     file.write_all(&[7; 5000]).unwrap();
     let ram = ram();
     let kernel = Kernel {
+        deprivileged: false,
         entry: ENTRY,
         end: 0x200_0000,
     };
@@ -199,6 +261,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
     );
 
     let kernel = Kernel {
+        deprivileged: false,
         entry: ENTRY,
         end: 64 * MIB - 4096,
     };
@@ -210,6 +273,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
 fn the_zero_page_tells_of_memory_and_command_line() {
     let ram = ram();
     let kernel = Kernel {
+        deprivileged: false,
         entry: ENTRY,
         end: 0x200_0000,
     };
@@ -261,6 +325,7 @@ fn the_boot_cpu_starts_in_long_mode() {
 fn a_command_line_that_is_too_long_is_refused() {
     let ram = ram();
     let kernel = Kernel {
+        deprivileged: false,
         entry: ENTRY,
         end: 0x200_0000,
     };

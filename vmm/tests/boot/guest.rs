@@ -194,7 +194,8 @@ impl Drop for Vmm {
     }
 }
 
-/// An ELF file with one segment, `code`, loaded to `address` and started at its first byte.
+/// An ELF file with one segment, `code`, loaded to `address` and started at its first byte, and the
+/// mark of a kernel that runs on KVM of either flavour.
 pub fn elf(address: u64, code: &[u8]) -> Vec<u8> {
     let mut file = vec![0_u8; 64];
     file[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
@@ -205,13 +206,20 @@ pub fn elf(address: u64, code: &[u8]) -> Vec<u8> {
     file[32..40].copy_from_slice(&64_u64.to_le_bytes());
     file[52..54].copy_from_slice(&64_u16.to_le_bytes());
     file[54..56].copy_from_slice(&56_u16.to_le_bytes());
-    file[56..58].copy_from_slice(&1_u16.to_le_bytes());
+    file[56..58].copy_from_slice(&2_u16.to_le_bytes());
     file.extend_from_slice(&1_u32.to_le_bytes()); // PT_LOAD
     file.extend_from_slice(&7_u32.to_le_bytes()); // rwx
     let size = 0x1000 + code.len() as u64;
     for value in [0, address, address, size, size, 0x1000] {
         file.extend_from_slice(&value.to_le_bytes());
     }
+    let note = b"\x06\0\0\0\x04\0\0\0\x01\0\0\0Sepal\0\0\0\x01\0\0\0";
+    file.extend_from_slice(&4_u32.to_le_bytes()); // PT_NOTE
+    file.extend_from_slice(&4_u32.to_le_bytes()); // r--
+    for value in [64 + 2 * 56, 0, 0, note.len() as u64, 0, 4] {
+        file.extend_from_slice(&value.to_le_bytes());
+    }
+    file.extend_from_slice(note);
     file.resize(0x1000, 0);
     file.extend_from_slice(code);
     file
