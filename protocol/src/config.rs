@@ -195,9 +195,10 @@ impl Config {
         let config: Self = toml::from_str(text).map_err(|e| {
             let mut message = e.message().trim().replace('\n', "; ");
             if let Some(span) = e.span() {
-                let before = &text[..span.start.min(text.len())];
-                let line = before.matches('\n').count() + 1;
-                message = format!("line {line}: {message}");
+                let before = text.get(..span.start).unwrap_or(text);
+                let number = before.matches('\n').count();
+                let line = text.lines().nth(number).unwrap_or_default().trim();
+                message = format!("line {} ({line}): {message}", number + 1);
             }
             Error::Syntax {
                 path: path.into(),
@@ -338,7 +339,10 @@ mod tests {
         let message = parse("debug = false\nmemroy = 512\n")
             .unwrap_err()
             .to_string();
-        assert!(message.starts_with("configuration c.toml: line 2: unknown field `memroy`"));
+        assert!(
+            message
+                .starts_with("configuration c.toml: line 2 (memroy = 512): unknown field `memroy`")
+        );
         assert!(!message.contains('\n'));
     }
 
@@ -353,8 +357,14 @@ mod tests {
             ("agent_timeout_s = 0", "agent_timeout_s:"),
             ("kernel = \"vmlinux\"", "kernel:"),
             ("kernel_args = \"a\\nb\"", "kernel_args:"),
-            ("log_level = \"loud\"", "line 1: unknown variant `loud`"),
-            ("memory = \"big\"", "line 1: invalid type"),
+            (
+                "log_level = \"loud\"",
+                "line 1 (log_level = \"loud\"): unknown variant",
+            ),
+            (
+                "memory = \"big\"",
+                "line 1 (memory = \"big\"): invalid type",
+            ),
         ] {
             let message = parse(text).unwrap_err().to_string();
             assert!(
