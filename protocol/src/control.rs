@@ -45,6 +45,10 @@ pub enum Request {
         /// Bytes taken from the guest, a multiple of 4096.
         size: u64,
     },
+    /// Take the directory that comes with this as the VMM's own root, so that /proc/PID/root leads
+    /// to the container's files and not to the host's. Once; the guest can dial no port of the host
+    /// afterwards.
+    EnterRoot,
     /// Press the power button: the guest's agent powers off in order.
     PowerButton,
     /// End now.

@@ -87,6 +87,10 @@ impl Pod {
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");
         let up = self.up().await?;
+        if first {
+            let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
+            up.vm.enter_root(&root).await?;
+        }
         let hook_state = hooks::State {
             pid: Some(up.vm.vmm_pid),
             ..hook_state.clone()

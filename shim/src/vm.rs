@@ -249,6 +249,25 @@ impl Vm {
         }
     }
 
+    /// Makes a container's root file system that of the VMM's process. Clients look for a container's
+    /// files by its pid (`nerdctl cp`), and must not find the host's there.
+    ///
+    /// # Errors
+    /// The directory is not there, or the VMM refuses.
+    pub async fn enter_root(&self, rootfs: &Path) -> Result<(), Error> {
+        let mut directory = File::options();
+        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let directory = directory.read(true).custom_flags(flags).open(rootfs);
+        let directory = directory.map_err(io("open the container's root"))?;
+        match self
+            .request(&Request::EnterRoot, &[directory.into()])
+            .await?
+        {
+            Response::Ok => Ok(()),
+            _ => Err(Error::Confused),
+        }
+    }
+
     /// Asks the VMM for something that is answered by `Ok`.
     ///
     /// # Errors

@@ -17,7 +17,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
 };
 use sepal_protocol::control::{self, Request, Response, VmState};
-use sepal_protocol::vm::ExitCause;
+use sepal_protocol::vm::{ExitCause, FdIndex};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::exit::{End, Exit};
@@ -251,6 +251,9 @@ impl Control {
                 }
             }
             Request::Balloon { size } => self.vm.set_balloon(size),
+            Request::EnterRoot => fds
+                .take(FdIndex(0), "the root directory")
+                .and_then(|directory| crate::jail::enter(&directory)),
             Request::PowerButton => {
                 self.vm.bus.platform.press_power_button();
                 Ok(())

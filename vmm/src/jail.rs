@@ -2,16 +2,24 @@
 //!
 //! Before boot: core dumps (they would hold guest memory). Once everything is open: every
 //! capability, the right to gain any, and the right of others to look inside. What the VMM does
-//! afterwards it does as its user, on descriptors it has.
+//! afterwards it does as its user, on descriptors it has. One capability is left to the control
+//! thread until its only use: to make the container's root directory that of this process, for whoever
+//! looks for the container by its pid in /proc would otherwise find the host's.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use crate::seccomp::{self, Thread};
+
 /// Descriptors for a pod with thousands of vsock connections; the hard limit may be lower.
 const DESCRIPTORS: u64 = 65_536;
+
+/// CAP_SYS_CHROOT of linux/capability.h.
+const CAP_SYS_CHROOT: u32 = 18;
 
 /// Limits that must be set before the VM is built.
 ///
@@ -27,25 +35,46 @@ pub fn before_boot() -> Result<()> {
             .context("cannot raise the limit of descriptors")?;
     }
     crate::kvm::install_kick_handler().context("cannot handle the kick signal")?;
-    crate::seccomp::install_handler().context("cannot handle forbidden system calls")?;
+    seccomp::install_handler().context("cannot handle forbidden system calls")?;
     Ok(())
 }
 
-/// Gives up capabilities for good. Called on the main thread when it is still the only one: both
-/// belong to threads and are inherited by those started later.
+/// Gives up capabilities for good, but for that of [`enter`]. Called on the main thread when it is
+/// still the only one: both belong to threads and are inherited by those started later.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn confine() -> Result<()> {
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
-    drop_capabilities().context("cannot give up capabilities")
+    keep_capabilities(1 << CAP_SYS_CHROOT).context("cannot give up capabilities")
 }
 
-/// Empties the calling thread's capability sets (capabilities(7)).
+/// Confines the calling thread to what its kind needs, for good.
+///
+/// # Errors
+/// The kernel refuses.
+pub fn confine_thread(kind: Thread) -> io::Result<()> {
+    if kind != Thread::Control {
+        keep_capabilities(0)?;
+    }
+    seccomp::confine(kind)
+}
+
+/// Makes a directory the root of this process, once and for all.
+///
+/// # Errors
+/// The kernel refuses; or it has been done before.
+pub fn enter(directory: &OwnedFd) -> Result<()> {
+    nix::unistd::fchdir(directory).context("cannot enter the container's root")?;
+    nix::unistd::chroot(".").context("cannot enter the container's root")?;
+    keep_capabilities(0).context("cannot give up capabilities")
+}
+
+/// Reduces the calling thread's capability sets to these of the first 32 (capabilities(7)).
 ///
 /// # Errors
 /// capset(2).
-fn drop_capabilities() -> io::Result<()> {
+fn keep_capabilities(kept: u32) -> io::Result<()> {
     /// `_LINUX_CAPABILITY_VERSION_3`: two words per set.
     const VERSION_3: u32 = 0x2008_0522;
     #[repr(C)]
@@ -64,7 +93,8 @@ fn drop_capabilities() -> io::Result<()> {
         version: VERSION_3,
         pid: 0,
     };
-    let sets = [Sets::default(); 2];
+    let mut sets = [Sets::default(); 2];
+    (sets[0].effective, sets[0].permitted) = (kept, kept);
     // SAFETY: header and sets have the layout that version 3 of capset(2) reads, and outlive the
     // call; pid 0 is the calling thread.
     let done = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, sets.as_ptr()) };

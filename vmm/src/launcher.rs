@@ -8,7 +8,7 @@ use std::io;
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel, sync_channel};
 
-use crate::seccomp;
+use crate::{jail, seccomp};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -33,7 +33,7 @@ impl Launcher {
         std::thread::Builder::new()
             .name("devices".into())
             .spawn(move || {
-                let done = seccomp::confine(seccomp::Thread::Launcher);
+                let done = jail::confine_thread(seccomp::Thread::Launcher);
                 let failed = done.is_err();
                 // Nobody waits only if start() has been killed with its thread.
                 let _ = ready.send(done);

@@ -164,7 +164,7 @@ fn run(
         let listener = listener.transpose()?;
         let exit = Arc::new(Exit::new()?);
         let vm = vm::boot(prepared, spec, fds, &exit, &mut stages)?;
-        seccomp::confine(seccomp::Thread::Control)?;
+        jail::confine_thread(seccomp::Thread::Control)?;
         Ok((vm, exit, listener, flavour))
     };
     let (vm, exit, listener, flavour) = match boot() {

@@ -104,6 +104,10 @@ const CONTROL: &[i64] = &[
     libc::SYS_lseek,
     // Configuration space of what is plugged.
     libc::SYS_pwrite64,
+    // The container's root as ours.
+    libc::SYS_fchdir,
+    libc::SYS_chroot,
+    libc::SYS_capset,
     // At the end: the sockets that it listened at.
     libc::SYS_unlink,
 ];
@@ -122,6 +126,8 @@ const LAUNCHER: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
     libc::SYS_setsockopt,
+    // Each thread gives up what it does not have, too.
+    libc::SYS_capset,
     // A vsock device that is dropped takes its socket with it.
     libc::SYS_unlink,
 ];

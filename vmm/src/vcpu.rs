@@ -17,7 +17,7 @@ use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::exit::Exit;
 use crate::kvm::{self, RunningVcpu, Vcpu};
-use crate::seccomp;
+use crate::{jail, seccomp};
 
 /// IA32_MISC_ENABLE: fast string operations on.
 const MSR_MISC_ENABLE: (u32, u64) = (0x1a0, 1);
@@ -201,7 +201,7 @@ impl Vcpus {
                 .name(format!("vcpu{}", vcpu.id()))
                 .stack_size(256 * 1024)
                 .spawn(move || {
-                    if let Err(error) = seccomp::confine(seccomp::Thread::Vcpu) {
+                    if let Err(error) = jail::confine_thread(seccomp::Thread::Vcpu) {
                         exit.end(
                             ExitCause::Internal,
                             format!("cannot confine a vCPU: {error}"),

@@ -232,7 +232,6 @@ struct Builder {
     machine: Arc<Machine>,
     memory: Arc<GuestMemoryMmap>,
     launcher: Arc<Launcher>,
-    window: Window,
 }
 
 /// Addresses above RAM, handed out upwards.
@@ -316,7 +315,7 @@ pub fn boot(
     // Before the first thread starts: all of them inherit what is given up here.
     jail::confine()?;
     worker::set_thread_filter(Box::new(|device| {
-        seccomp::confine(seccomp::Thread::Device(device))
+        jail::confine_thread(seccomp::Thread::Device(device))
     }));
     let launcher = Arc::new(Launcher::start().context("cannot start the devices' thread")?);
     let memory = ram.memory.clone();
@@ -324,7 +323,6 @@ pub fn boot(
         machine: machine.clone(),
         memory,
         launcher,
-        window,
     };
     let log = open_log(spec.console.as_deref())?;
     // Loading the kernel is mostly copying. KVM takes 5 ms for a memory slot, in which it waits for

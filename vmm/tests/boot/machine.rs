@@ -1,5 +1,7 @@
 //! The machine without Linux: kernels of a few instructions on real KVM, and the operator's errors.
 
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use super::guest::{Vmm, bare, out};
@@ -75,7 +77,6 @@ fn requests_are_answered_in_order_by_a_busy_machine() {
 
     // A second client, by the listening socket.
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
-    use std::os::fd::AsRawFd;
     let client = socket(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -96,6 +97,36 @@ fn requests_are_answered_in_order_by_a_busy_machine() {
         .0;
     assert_eq!(answer, Response::Ok);
     assert_eq!(vmm.wait(), ExitCause::PowerOff);
+}
+
+#[test]
+fn its_pid_leads_to_the_containers_files_and_its_privileges_are_gone() {
+    if !super::guest::kvm() || std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() != 0) {
+        eprintln!("skipped: needs KVM and root");
+        return;
+    }
+    let vmm = Vmm::spawn();
+    let kernel = vmm.file("kernel", &bare(&[]));
+    vmm.boot(vmm.spec(kernel));
+    let rootfs = vmm.dir.path().join("rootfs");
+    std::fs::create_dir(&rootfs).unwrap();
+    let directory = std::fs::File::open(&rootfs).unwrap();
+    let enter = || vmm.ask_with(&Request::EnterRoot, &[directory.as_raw_fd()]);
+    assert_eq!(enter(), Response::Ok);
+    let process = PathBuf::from(format!("/proc/{}", vmm.child.id()));
+    assert_eq!(std::fs::read_link(process.join("root")).unwrap(), rootfs);
+    for task in std::fs::read_dir(process.join("task")).unwrap() {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+            assert!(
+                status.contains(&format!("{set}:\t0000000000000000")),
+                "{status}"
+            );
+        }
+    }
+    assert!(matches!(enter(), Response::Error { .. }));
+    let nothing = vmm.ask(&Request::EnterRoot);
+    assert!(matches!(nothing, Response::Error { .. }));
 }
 
 /// Sends a specification that cannot be booted; returns what the operator is told.
