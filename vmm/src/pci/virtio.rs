@@ -104,12 +104,12 @@ impl VirtioPci {
         let kind = device.device_type();
         let too_large = || Error::TooLarge(kind);
         let queues = device.queue_sizes().len() as u64;
-        // One vector for each queue and one for the configuration.
-        let vectors = queues + 1;
-        if queues * NOTIFY_STEP > STRUCTURE || vectors * ENTRY as u64 > PENDING - TABLE {
+        let vectors = device.vectors();
+        let table = u64::from(vectors) * ENTRY as u64;
+        if queues * NOTIFY_STEP > STRUCTURE || vectors == 0 || table > PENDING - TABLE {
             return Err(too_large());
         }
-        let msix = Msix::new(vectors as u16, wires.clone())?;
+        let msix = Msix::new(vectors, wires.clone())?;
         let signals = Arc::new(Signals::new(msix.events(), queues as u16));
         let common = CommonConfig::new(&*device, memory, signals.clone())?;
 
@@ -156,7 +156,7 @@ impl VirtioPci {
         }
 
         let mut body = [0; 10];
-        body[..2].copy_from_slice(&(vectors as u16 - 1).to_le_bytes());
+        body[..2].copy_from_slice(&(vectors - 1).to_le_bytes());
         body[2..6].copy_from_slice(&(TABLE as u32).to_le_bytes());
         body[6..].copy_from_slice(&(PENDING as u32).to_le_bytes());
         let msix_capability = config

@@ -18,7 +18,9 @@ use vm_memory::{
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::buffer::Reader;
-use super::device::{ActivateError, Activation, DeviceType, Interrupt, VirtioDevice};
+use super::device::{
+    ActivateError, Activation, DeviceType, Interrupt, SHARED_VECTORS, VirtioDevice,
+};
 use super::error::{Complaints, DeviceError};
 use super::features;
 use super::ring::{Chain, Ring};
@@ -141,6 +143,10 @@ impl VirtioDevice for Balloon {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn vectors(&self) -> u16 {
+        SHARED_VECTORS
     }
 
     fn features(&self) -> u64 {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use nix::sys::epoll::EpollFlags;
 
-use super::device::{ActivateError, Activation, DeviceType, VirtioDevice};
+use super::device::{ActivateError, Activation, DeviceType, SHARED_VECTORS, VirtioDevice};
 use super::error::DeviceError;
 use super::features;
 use super::ring::Ring;
@@ -172,6 +172,10 @@ impl VirtioDevice for Console {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn vectors(&self) -> u16 {
+        SHARED_VECTORS
     }
 
     fn features(&self) -> u64 {

@@ -97,6 +97,9 @@ pub enum ActivateError {
     Vhost(#[from] vhost::Error),
 }
 
+/// One vector for the configuration and one for all queues.
+pub const SHARED_VECTORS: u16 = 2;
+
 /// A virtio device.
 pub trait VirtioDevice: Send {
     /// What it is.
@@ -104,6 +107,13 @@ pub trait VirtioDevice: Send {
 
     /// Largest size of each queue, a power of two.
     fn queue_sizes(&self) -> &[u16];
+
+    /// How many interrupt vectors the function has: one for each queue and one for the configuration.
+    /// A device of little traffic does with [`SHARED_VECTORS`]; each vector costs a booting guest 15
+    /// exits.
+    fn vectors(&self) -> u16 {
+        self.queue_sizes().len() as u16 + 1
+    }
 
     /// Features offered. The transport adds VIRTIO_F_VERSION_1 and accepts no others from the
     /// driver than those offered.

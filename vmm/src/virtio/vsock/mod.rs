@@ -23,7 +23,7 @@ use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-use super::device::{ActivateError, Activation, DeviceType, VirtioDevice};
+use super::device::{ActivateError, Activation, DeviceType, SHARED_VECTORS, VirtioDevice};
 use super::error::DeviceError;
 use super::features;
 use super::ring::Ring;
@@ -66,6 +66,10 @@ impl VirtioDevice for Vsock {
 
     fn queue_sizes(&self) -> &[u16] {
         &QUEUE_SIZES
+    }
+
+    fn vectors(&self) -> u16 {
+        SHARED_VECTORS
     }
 
     fn features(&self) -> u64 {
