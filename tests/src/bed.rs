@@ -127,6 +127,25 @@ impl Bed {
         vm
     }
 
+    /// How much of something: what the native bed takes, or what an emulated machine can do in the
+    /// same spirit.
+    pub fn scaled<T>(&self, native: T, node: T) -> T {
+        match self.kind {
+            Kind::Native => native,
+            Kind::Node => node,
+        }
+    }
+
+    /// Whether shares of a processor can be measured, and more than one be had. Says so when they
+    /// cannot: the node has a single, emulated one, whose clock goes on while it has to wait.
+    pub fn has_real_processors(&self) -> bool {
+        let real = self.kind == Kind::Native;
+        if !real {
+            println!("left out: about processors, and the node's is emulated");
+        }
+        real
+    }
+
     /// A command in the bed.
     pub fn command<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
         self.enter(false).args(argv)

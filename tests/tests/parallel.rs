@@ -7,7 +7,9 @@ use sepal_tests::{Bed, Client, Container, seconds};
 fn twenty_in_parallel_leave_nothing() {
     let bed = Bed::alone();
     let busybox = bed.busybox();
-    let containers: Vec<Container> = (0..20).map(|_| bed.named(Client::Ctr, "many")).collect();
+    let containers: Vec<Container> = (0..bed.scaled(20, 4))
+        .map(|_| bed.named(Client::Ctr, "many"))
+        .collect();
     let on_each = |work: &(dyn Fn(usize, &Container) + Sync)| {
         std::thread::scope(|scope| {
             for (number, container) in containers.iter().enumerate() {
@@ -53,10 +55,10 @@ fn short_runs_in_parallel_leave_nothing() {
     let bed = Bed::alone();
     let busybox = bed.busybox();
     std::thread::scope(|scope| {
-        for worker in 0..6 {
+        for worker in 0..bed.scaled(6, 2) {
             let (bed, busybox) = (&bed, &busybox);
             scope.spawn(move || {
-                for round in 0..4 {
+                for round in 0..bed.scaled(4, 2) {
                     // The pause gives a busy client the time to open its end of the pipes, without
                     // which it loses what they carried: containerd's client does not wait for it.
                     let line = format!("echo {worker}.{round}; sleep 0.3; exit {worker}");
