@@ -33,7 +33,7 @@ fn kind() -> Kind {
 pub(crate) fn stretched(patience: Duration) -> Duration {
     match kind() {
         Kind::Native => patience,
-        Kind::Node => patience * 10,
+        Kind::Node => patience * 20,
     }
 }
 
