@@ -13,12 +13,13 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
 use sepal_protocol::vm::KvmFlavour;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use crate::memory::{ECAM_SIZE, ECAM_START, Layout, MIB, Target};
+use crate::memory::{ECAM_SIZE, ECAM_START, FilePages, Layout, MIB, Target};
 
 const GDT: u64 = 0x500;
 const ZERO_PAGE: u64 = 0x7000;
@@ -164,10 +165,21 @@ struct Segment {
     file_size: u64,
     gpa: u64,
     memory_size: u64,
+    writable: bool,
 }
 
-/// A kernel in guest RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl Segment {
+    /// How many of its bytes are whole pages that can be mapped from the file.
+    fn shareable(&self) -> u64 {
+        if self.writable || self.offset % PAGE != 0 || self.gpa % PAGE != 0 {
+            return 0;
+        }
+        self.file_size & !(PAGE - 1)
+    }
+}
+
+/// A kernel in guest RAM, but for the pages that it shares.
+#[derive(Debug, Clone)]
 pub struct Kernel {
     /// Its first instruction.
     pub entry: u64,
@@ -175,6 +187,9 @@ pub struct Kernel {
     pub end: u64,
     /// It can do without hardware virtualization.
     pub deprivileged: bool,
+    /// Code and constants, most of the kernel: all pods have one copy of what the guest does not
+    /// patch, in the host's page cache.
+    pub shared: Option<FilePages>,
 }
 
 impl Kernel {
@@ -208,11 +223,17 @@ impl Kernel {
 }
 
 /// Copies the kernel `path` to where its ELF program headers say (System V ABI, "Program Header"),
-/// at most up to the end of `layout`'s RAM below 4 GiB; that may be larger than the RAM will be.
+/// at most up to the end of `layout`'s RAM below 4 GiB; that may be larger than the RAM will be. If
+/// `share`, the largest segment that is not written to is left to be mapped.
 ///
 /// # Errors
 /// Not a kernel, truncated, or RAM too small.
-pub fn load_kernel(path: &Path, target: Target<'_>, layout: &Layout) -> Result<Kernel, Error> {
+pub fn load_kernel(
+    path: &Path,
+    target: Target<'_>,
+    layout: &Layout,
+    share: bool,
+) -> Result<Kernel, Error> {
     let mut file = open("kernel", path)?;
     let (entry, segments, deprivileged) = read_elf(&mut file, path)?;
     // read_elf has checked that these sums do not overflow.
@@ -223,17 +244,33 @@ pub fn load_kernel(path: &Path, target: Target<'_>, layout: &Layout) -> Result<K
         entry,
         end: ends.max().unwrap_or(0),
         deprivileged,
+        shared: None,
     };
-    let kernel = kernel.check(path, layout)?;
+    let mut kernel = kernel.check(path, layout)?;
+    let largest = segments.iter().max_by_key(|segment| segment.shareable());
+    let largest = largest
+        .filter(|segment| share && segment.shareable() > 0)
+        .copied();
     for segment in &segments {
+        let skip = match largest {
+            Some(largest) if largest == *segment => segment.shareable(),
+            _ => 0,
+        };
+        let (offset, gpa) = (segment.offset + skip, segment.gpa + skip);
         target
-            .fill(&mut file, segment.offset, segment.file_size, segment.gpa)
+            .fill(&mut file, offset, segment.file_size - skip, gpa)
             .map_err(|reason| Error::Read {
                 what: "kernel",
                 path: path.into(),
                 reason,
             })?;
     }
+    kernel.shared = largest.map(|segment| FilePages {
+        offset: segment.offset,
+        size: segment.shareable(),
+        gpa: segment.gpa,
+        file: Arc::new(file),
+    });
     Ok(kernel)
 }
 
@@ -355,6 +392,7 @@ fn read_elf(file: &mut File, path: &Path) -> Result<(u64, Vec<Segment>, bool), E
     for header in headers.chunks_exact(56) {
         const PT_LOAD: u32 = 1;
         const PT_NOTE: u32 = 4;
+        const PF_W: u32 = 2;
         if u32_at(header, 0) == PT_NOTE {
             deprivileged |= has_mark(file, u64_at(header, 8), u64_at(header, 32));
         }
@@ -366,6 +404,7 @@ fn read_elf(file: &mut File, path: &Path) -> Result<(u64, Vec<Segment>, bool), E
             gpa: u64_at(header, 24),
             file_size: u64_at(header, 32),
             memory_size: u64_at(header, 40),
+            writable: u32_at(header, 4) & PF_W != 0,
         };
         let file_end = segment.offset.checked_add(segment.file_size);
         let memory_end = segment.gpa.checked_add(segment.memory_size);

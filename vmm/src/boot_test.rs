@@ -43,13 +43,13 @@ fn a_kernel_says_that_it_can_do_without_hardware_virtualization() {
         let named = NamedTempFile::new().unwrap();
         named.as_file().write_all(&file).unwrap();
         let ram = ram();
-        load_kernel(named.path(), ram.target(), &ram.layout).unwrap()
+        load_kernel(named.path(), ram.target(), &ram.layout, false).unwrap()
     };
     let ours = kernel_of(&notes);
     assert!(ours.deprivileged);
     let path = Path::new("vmlinux");
     for (kernel, flavour, fits) in [
-        (ours, KvmFlavour::Deprivileged, true),
+        (ours.clone(), KvmFlavour::Deprivileged, true),
         (ours, KvmFlavour::Hardware, true),
         (kernel_of(&notes[..36]), KvmFlavour::Hardware, true),
         (kernel_of(&notes[..36]), KvmFlavour::Deprivileged, false),
@@ -60,6 +60,42 @@ fn a_kernel_says_that_it_can_do_without_hardware_virtualization() {
     let mut wild = notes.clone();
     wild[..8].fill(0xff);
     assert!(!kernel_of(&wild).deprivileged);
+}
+
+/// The segment that the guest only reads comes from the file's own pages, all else is a copy.
+#[test]
+fn code_is_mapped_and_data_copied() {
+    let (code, data) = (ENTRY, ENTRY + 0x4000);
+    let mut file = elf(
+        ENTRY,
+        &[(0x1000, code, 0x2800, 0x2800), (0x4000, data, 64, 64)],
+    );
+    file[64 + 56 + 4] |= 2; // PF_W of the second
+    let named = NamedTempFile::new().unwrap();
+    named.as_file().write_all(&file).unwrap();
+    let byte = |ram: &Ram, gpa| ram.memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
+
+    let ram = ram();
+    let kernel = load_kernel(named.path(), ram.target(), &ram.layout, true).unwrap();
+    assert_eq!((byte(&ram, code), byte(&ram, data)), (0, 2));
+    // A part of a page cannot be mapped.
+    assert_eq!(byte(&ram, code + 0x2000), 1);
+    let pages = kernel.shared.unwrap();
+    assert_eq!((pages.gpa, pages.size), (code, 0x2000));
+    ram.share(&pages).unwrap();
+    assert_eq!((byte(&ram, code), byte(&ram, code + 0x1fff)), (1, 1));
+    // What the guest writes stays its own.
+    ram.memory.write_obj(9_u8, GuestAddress(code)).unwrap();
+    assert_eq!(byte(&ram, code), 9);
+    assert_eq!(std::fs::read(named.path()).unwrap(), file);
+    let outside = FilePages {
+        gpa: 63 * MIB,
+        size: 2 * MIB,
+        ..pages.clone()
+    };
+    assert!(ram.share(&outside).is_err());
+    let odd = FilePages { offset: 1, ..pages };
+    assert!(ram.share(&odd).is_err());
 }
 
 #[test]
@@ -134,7 +170,7 @@ fn load(bytes: &[u8]) -> (Ram, Result<Kernel, Error>) {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     let ram = ram();
-    let loaded = load_kernel(file.path(), ram.target(), &ram.layout);
+    let loaded = load_kernel(file.path(), ram.target(), &ram.layout, false);
     (ram, loaded)
 }
 
@@ -235,7 +271,7 @@ fn a_kernel_larger_than_ram_names_the_remedy() {
 fn a_missing_kernel_and_a_directory_are_named() {
     let ram = ram();
     for path in ["/nonexistent/vmlinux", "/tmp"] {
-        let error = load_kernel(Path::new(path), ram.target(), &ram.layout).unwrap_err();
+        let error = load_kernel(Path::new(path), ram.target(), &ram.layout, false).unwrap_err();
         assert!(matches!(error, Error::Open { .. }));
         assert!(error.to_string().contains(path));
     }
@@ -248,6 +284,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
     let ram = ram();
     let kernel = Kernel {
         deprivileged: false,
+        shared: None,
         entry: ENTRY,
         end: 0x200_0000,
     };
@@ -262,6 +299,7 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
 
     let kernel = Kernel {
         deprivileged: false,
+        shared: None,
         entry: ENTRY,
         end: 64 * MIB - 4096,
     };
@@ -274,6 +312,7 @@ fn the_zero_page_tells_of_memory_and_command_line() {
     let ram = ram();
     let kernel = Kernel {
         deprivileged: false,
+        shared: None,
         entry: ENTRY,
         end: 0x200_0000,
     };
@@ -326,6 +365,7 @@ fn a_command_line_that_is_too_long_is_refused() {
     let ram = ram();
     let kernel = Kernel {
         deprivileged: false,
+        shared: None,
         entry: ENTRY,
         end: 0x200_0000,
     };

@@ -101,6 +101,8 @@ fn huge_hint(hugepages: bool) -> &'static str {
     }
 }
 
+const PAGE: u64 = 4096;
+
 /// Where RAM and windows lie for a given size of RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Layout {
@@ -135,6 +137,19 @@ impl Layout {
     pub fn mmio64_start(&self) -> u64 {
         (HIGH_RAM_START + self.high).next_multiple_of(GIB)
     }
+}
+
+/// Pages of a file that are to be guest RAM as they are.
+#[derive(Debug, Clone)]
+pub struct FilePages {
+    /// The file. It must stay as it is: a page that it loses kills the VMM with SIGBUS.
+    pub file: Arc<File>,
+    /// Where they begin in it, a multiple of 4096.
+    pub offset: u64,
+    /// Bytes, a multiple of 4096.
+    pub size: u64,
+    /// Where the guest finds them, a multiple of 4096.
+    pub gpa: u64,
 }
 
 /// Guest RAM.
@@ -211,6 +226,46 @@ impl Ram {
             file: memfd,
             hugepages,
         })
+    }
+
+    /// Puts pages of a file into RAM: the guest gets a copy of those that it writes to, and shares the
+    /// others with every mapping of the file. Devices outside of this process find zeroes there, so
+    /// they must be pages that no guest uses as a buffer, as a kernel's code and constants.
+    ///
+    /// # Errors
+    /// They do not lie in RAM below 3 GiB, or mmap(2).
+    pub fn share(&self, pages: &FilePages) -> io::Result<()> {
+        let (_, low) = self.regions.first().ok_or(io::ErrorKind::InvalidInput)?;
+        let end = pages.gpa.checked_add(pages.size);
+        let inside = end.is_some_and(|end| end <= low.size() as u64);
+        let aligned = [pages.gpa, pages.size, pages.offset]
+            .iter()
+            .all(|n| n % PAGE == 0);
+        if !inside || !aligned || self.hugepages {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        // SAFETY: the range lies within a mapping that `self` owns, which is replaced page by page
+        // and still unmapped as a whole when that is dropped. What is read through it may be of any
+        // value before and after.
+        let mapped = unsafe {
+            libc::mmap(
+                low.as_ptr().add(pages.gpa as usize).cast(),
+                pages.size as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                pages.file.as_raw_fd(),
+                pages.offset as libc::off_t,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    /// Whether pages of files can be mapped into it.
+    pub fn can_share(&self) -> bool {
+        !self.hugepages
     }
 
     /// Where to put what is loaded from files.

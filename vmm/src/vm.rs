@@ -90,7 +90,7 @@ impl Prepared {
         let load = || -> Result<Preloaded> {
             let path = kernel_for(kernels, self.flavour)?.to_owned();
             let ram = RamFile::new(false)?;
-            let kernel = boot::load_kernel(&path, ram.target(), &Layout::new(LOW_RAM_END)?)?;
+            let kernel = boot::load_kernel(&path, ram.target(), &Layout::new(LOW_RAM_END)?, true)?;
             Ok(Preloaded { path, kernel, ram })
         };
         match load() {
@@ -448,9 +448,13 @@ fn load(
 ) -> Result<(Kernel, Option<(u64, u64)>)> {
     let kernel = match preloaded {
         Some(kernel) => kernel.check(path, &ram.layout)?,
-        None => boot::load_kernel(path, ram.target(), &ram.layout)?,
+        None => boot::load_kernel(path, ram.target(), &ram.layout, ram.can_share())?,
     };
     let kernel = kernel.check_flavour(path, flavour)?;
+    if let Some(pages) = &kernel.shared {
+        ram.share(pages)
+            .with_context(|| format!("cannot map the guest kernel {}", path.display()))?;
+    }
     let initrd = spec.initrd.as_deref();
     let initrd = initrd
         .map(|path| boot::load_initrd(path, ram.target(), &ram.layout, &kernel))
