@@ -123,17 +123,27 @@ impl Streams {
         };
         let streams = Self::default();
         *lock(&streams.logger) = opened.logger;
-        if !wanted.stdin.is_empty() {
-            let (stream, token) = agent.stdio().await?;
+        // All at once: each is a conversation with the guest.
+        let stream = |needed: bool| async move {
+            match needed {
+                true => agent.stdio().await.map(Some),
+                false => Ok(None),
+            }
+        };
+        let (stdin, stdout, stderr) = tokio::try_join!(
+            stream(!wanted.stdin.is_empty()),
+            stream(opened.stdout.is_some()),
+            stream(opened.stderr.is_some()),
+        )?;
+        if let Some((stream, token)) = stdin {
             request.stdin = token;
             lock(&streams.input).waiting = Some((wanted.stdin.clone(), stream));
         }
-        for (sink, token) in [
-            (opened.stdout, &mut request.stdout),
-            (opened.stderr, &mut request.stderr),
+        for (sink, stream, token) in [
+            (opened.stdout, stdout, &mut request.stdout),
+            (opened.stderr, stderr, &mut request.stderr),
         ] {
-            if let Some(sink) = sink {
-                let (stream, its_token) = agent.stdio().await?;
+            if let (Some(sink), Some((stream, its_token))) = (sink, stream) {
                 *token = its_token;
                 streams.copy_to(sink, stream);
             }
