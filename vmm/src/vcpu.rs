@@ -5,6 +5,7 @@
 //! [`Bus`](crate::bus::Bus), on the thread of the vCPU that touched it.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -207,7 +208,11 @@ impl Vcpus {
                             format!("cannot confine a vCPU: {error}"),
                         );
                     } else {
-                        run(vcpu, &gate, &bus, &exit);
+                        // The panic hook reports it; without a vCPU the VM would only hang.
+                        let run = AssertUnwindSafe(|| run(vcpu, &gate, &bus, &exit));
+                        if catch_unwind(run).is_err() {
+                            exit.end(ExitCause::Internal, "a vCPU's thread panicked");
+                        }
                     }
                     gate.lock().inside -= 1;
                     gate.changed.notify_all();
