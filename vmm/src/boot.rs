@@ -171,7 +171,8 @@ struct Segment {
 impl Segment {
     /// How many of its bytes are whole pages that can be mapped from the file.
     fn shareable(&self) -> u64 {
-        if self.writable || self.offset % PAGE != 0 || self.gpa % PAGE != 0 {
+        let aligned = self.offset.is_multiple_of(PAGE) && self.gpa.is_multiple_of(PAGE);
+        if self.writable || !aligned {
             return 0;
         }
         self.file_size & !(PAGE - 1)

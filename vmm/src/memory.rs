@@ -240,7 +240,7 @@ impl Ram {
         let inside = end.is_some_and(|end| end <= low.size() as u64);
         let aligned = [pages.gpa, pages.size, pages.offset]
             .iter()
-            .all(|n| n % PAGE == 0);
+            .all(|n| n.is_multiple_of(PAGE));
         if !inside || !aligned || self.hugepages {
             return Err(io::ErrorKind::InvalidInput.into());
         }
