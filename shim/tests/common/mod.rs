@@ -56,7 +56,12 @@ pub fn vmm() -> ! {
         PathBuf::from(format!("{}_{}", spec.vsock.display(), ports::READY)),
     ));
     // The life line: held, and with it the connection to the file server.
-    let end = control::receive::<Request>(&socket);
+    let end = loop {
+        match control::receive::<Request>(&socket) {
+            Ok((Request::EnterRoot, _)) => control::send(&socket, &Response::Ok, &[]).unwrap(),
+            end => break end,
+        }
+    };
     drop(fds);
     std::process::exit(if end.is_ok() {
         0
