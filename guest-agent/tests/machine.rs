@@ -43,7 +43,7 @@ async fn end(bed: &Bed, id: &str) {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn the_stages_of_a_boot_are_told() {
-    let bed = Bed::new().await;
+    let bed = Bed::in_a_vm().await;
     let stages = &bed.ready().unwrap().stages;
     let names: Vec<&str> = stages.iter().map(|stage| stage.name.as_str()).collect();
     assert_eq!(names, ["init", "mounts", "share", "listening"]);
@@ -84,7 +84,7 @@ async fn the_stages_of_a_boot_are_told() {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn a_memory_limit_kills_the_container_and_not_the_pod() {
-    let bed = Bed::new().await;
+    let bed = Bed::in_a_vm().await;
     let hog = "dd if=/dev/zero of=/dev/null bs=64M count=1 2>/dev/null";
     let limit = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
     bed.run("hog", &limited(&format!("exec {hog}"), limit))
@@ -108,7 +108,7 @@ async fn a_memory_limit_kills_the_container_and_not_the_pod() {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn limits_hold_and_can_be_changed() {
-    let bed = Bed::new().await;
+    let bed = Bed::in_a_vm().await;
     let limits = json!({"pids": {"limit": 10}, "cpu": {"quota": 20000, "period": 100_000, "cpus": "0"},
                         "memory": {"limit": 64 << 20}});
     bed.run("box", &limited("while :; do :; done", limits))
@@ -150,7 +150,7 @@ async fn limits_hold_and_can_be_changed() {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn only_allowed_devices_open() {
-    let bed = Bed::new().await;
+    let bed = Bed::in_a_vm().await;
     let mut denied = spec(&[
         "sh",
         "-c",
@@ -169,7 +169,7 @@ async fn only_allowed_devices_open() {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn the_pod_is_set_up() {
-    let bed = Bed::new().await;
+    let bed = Bed::in_a_vm().await;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     let later = now + Duration::from_secs(1_000_000);
     let set_up = SetUpPodRequest {
@@ -253,7 +253,7 @@ async fn the_pod_is_set_up() {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn programs_of_the_guest_run_in_the_debug_image_alone() {
-    let bed = Bed::new().await;
+    let bed = Bed::in_a_vm().await;
     let request = ExecProcessRequest {
         exec_id: "shell".into(),
         process: serde_json::to_vec(&process(&["sh", "-c", "echo $$"])).unwrap(),
@@ -269,7 +269,7 @@ async fn programs_of_the_guest_run_in_the_debug_image_alone() {
 #[tokio::test]
 #[ignore = "needs a VM"]
 async fn it_powers_off_in_order() {
-    let mut bed = Bed::new().await;
+    let mut bed = Bed::in_a_vm().await;
     bed.run("box", &spec(&["sleep", "1000"])).await;
     bed.agent.shutdown(timeout(), &empty()).await.unwrap();
     assert_eq!(bed.wait_vm().await, 0);

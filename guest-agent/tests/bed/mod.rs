@@ -73,6 +73,18 @@ impl Bed {
         }
     }
 
+    /// The same, for tests that set what a machine has one of: its clock, its name, its parameters.
+    ///
+    /// # Panics
+    /// Without a VM: that would be this machine's.
+    pub async fn in_a_vm() -> Self {
+        assert!(
+            is_vm(),
+            "needs SEPAL_TEST_BED=vm (see guest-agent/tests/bed)"
+        );
+        Self::new().await
+    }
+
     /// The pod's share, as the host has it.
     pub fn share(&self) -> PathBuf {
         self.directory.path().join("share")
