@@ -20,7 +20,8 @@ use ttrpc::context::{self, Context};
 
 /// Longest wait for a call that only looks or sets something.
 const SHORT: Duration = Duration::from_secs(10);
-/// Longest wait for a call that makes or removes something: disks may be slow.
+/// Longest wait for a call that makes or removes something, as disks may be slow; more where the
+/// administrator gives a guest more to boot, as hosts may be slow.
 const LONG: Duration = Duration::from_secs(60);
 /// Longest wait for a connection into the guest.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -144,10 +145,27 @@ pub async fn dial(vsock: &Path, port: u32) -> Result<UnixStream, Error> {
 pub struct Agent {
     client: AgentClient,
     vsock: PathBuf,
+    /// How long a guest may take to boot here.
+    patience: Duration,
 }
 
-fn within(limit: Duration) -> Context {
-    context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
+/// How long a call may take.
+#[derive(Clone, Copy)]
+enum Limit {
+    Short,
+    Long,
+    None,
+}
+
+impl Limit {
+    fn context(self, patience: Duration) -> Context {
+        let limit = match self {
+            Self::Short => SHORT,
+            Self::Long => LONG.max(patience),
+            Self::None => return Context::default(),
+        };
+        context::with_timeout(i64::try_from(limit.as_nanos()).unwrap_or(i64::MAX))
+    }
 }
 
 macro_rules! calls {
@@ -159,7 +177,7 @@ macro_rules! calls {
             /// What the agent answers, or that it does not.
             pub async fn $name(&self, request: &$request) -> Result<$answer, Error> {
                 self.client
-                    .$name($limit, request)
+                    .$name($limit.context(self.patience), request)
                     .await
                     .map_err(|source| Error::Call { call: stringify!($name), source })
             }
@@ -168,16 +186,17 @@ macro_rules! calls {
 }
 
 impl Agent {
-    /// Connects to the agent's service.
+    /// Connects to the agent's service, in a guest that had `patience` to boot.
     ///
     /// # Errors
     /// As [`dial`].
-    pub async fn connect(vsock: &Path) -> Result<Self, Error> {
+    pub async fn connect(vsock: &Path, patience: Duration) -> Result<Self, Error> {
         let stream = dial(vsock, ports::AGENT).await?;
         let client = AgentClient::new(Client::new(Socket::new(stream)));
         Ok(Self {
             client,
             vsock: vsock.into(),
+            patience,
         })
     }
 
@@ -201,39 +220,39 @@ impl Agent {
 
     calls! {
         /// Network, names and clock of the pod.
-        set_up_pod(SetUpPodRequest) -> Empty, within(LONG);
+        set_up_pod(SetUpPodRequest) -> Empty, Limit::Long;
         /// Brings the guest's network to what is given.
-        update_network(Network) -> Empty, within(LONG);
+        update_network(Network) -> Empty, Limit::Long;
         /// Tells the host's time.
-        set_clock(Clock) -> Empty, within(SHORT);
+        set_clock(Clock) -> Empty, Limit::Short;
         /// Lets go of files that nobody uses.
-        forget_files(Empty) -> Empty, within(SHORT);
+        forget_files(Empty) -> Empty, Limit::Short;
         /// Makes a container; its process does not run yet.
-        create_container(CreateContainerRequest) -> ProcessCreated, within(LONG);
+        create_container(CreateContainerRequest) -> ProcessCreated, Limit::Long;
         /// Makes a further process of a container.
-        exec_process(ExecProcessRequest) -> ProcessCreated, within(LONG);
+        exec_process(ExecProcessRequest) -> ProcessCreated, Limit::Long;
         /// Lets a process run.
-        start_process(ProcessId) -> ProcessCreated, within(LONG);
+        start_process(ProcessId) -> ProcessCreated, Limit::Long;
         /// Answers when the process has ended, however long that takes.
-        wait_process(ProcessId) -> ProcessExit, Context::default();
+        wait_process(ProcessId) -> ProcessExit, Limit::None;
         /// Sends a signal.
-        signal_process(SignalProcessRequest) -> Empty, within(SHORT);
+        signal_process(SignalProcessRequest) -> Empty, Limit::Short;
         /// Sets a terminal's size.
-        resize_terminal(ResizeTerminalRequest) -> Empty, within(SHORT);
+        resize_terminal(ResizeTerminalRequest) -> Empty, Limit::Short;
         /// Removes an ended process.
-        delete_process(ProcessId) -> ProcessExit, within(LONG);
+        delete_process(ProcessId) -> ProcessExit, Limit::Long;
         /// Freezes a container.
-        pause_container(ContainerId) -> Empty, within(SHORT);
+        pause_container(ContainerId) -> Empty, Limit::Short;
         /// Thaws a container.
-        resume_container(ContainerId) -> Empty, within(SHORT);
+        resume_container(ContainerId) -> Empty, Limit::Short;
         /// Sets a container's limits.
-        update_container(UpdateContainerRequest) -> Empty, within(SHORT);
+        update_container(UpdateContainerRequest) -> Empty, Limit::Short;
         /// What a container uses.
-        container_stats(ContainerId) -> Stats, within(SHORT);
+        container_stats(ContainerId) -> Stats, Limit::Short;
         /// Answers with the next event, however long that takes.
-        next_event(Empty) -> Event, Context::default();
+        next_event(Empty) -> Event, Limit::None;
         /// Writes back what is dirty and powers off.
-        shutdown(Empty) -> Empty, within(SHORT);
+        shutdown(Empty) -> Empty, Limit::Short;
     }
 }
 

@@ -66,3 +66,13 @@ async fn the_announcement_is_bounded_in_time_and_size() {
         "6.12"
     );
 }
+
+#[test]
+fn where_guests_boot_slowly_the_agent_may_be_slow_too() {
+    let nanos = |limit: Limit, seconds| limit.context(Duration::from_secs(seconds)).timeout_nano;
+    let second = 1_000_000_000;
+    assert_eq!(nanos(Limit::Long, 30), 60 * second);
+    assert_eq!(nanos(Limit::Long, 300), 300 * second);
+    assert_eq!(nanos(Limit::Short, 300), 10 * second);
+    assert_eq!(nanos(Limit::None, 30), 0);
+}

@@ -350,7 +350,7 @@ impl Pod {
         };
         self.timeline.note("agent-ready");
         self.note_guest(&announced);
-        let agent = Agent::connect(&self.directory.join(pod::VSOCK)).await?;
+        let agent = Agent::connect(&self.directory.join(pod::VSOCK), limit).await?;
         let request = set_up_request(&self.identity.id, spec, role, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
