@@ -352,8 +352,10 @@ mod tests {
     }
 
     #[test]
-    #[ignore = "needs root"]
     fn a_container_comes_and_goes_and_volumes_keep_their_files() {
+        if !sys::is_root() {
+            return;
+        }
         let pod = tempfile::tempdir().unwrap();
         let volume = tempfile::tempdir().unwrap();
         std::fs::write(volume.path().join("precious"), "x").unwrap();

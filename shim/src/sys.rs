@@ -346,3 +346,13 @@ pub fn take_inherited() -> Result<OwnedFd> {
         Ok(OwnedFd::from_raw_fd(INHERITED_FD))
     }
 }
+
+/// Whether a test may do what only root can; says so if not.
+#[cfg(test)]
+pub fn is_root() -> bool {
+    let root = nix::unistd::Uid::effective().is_root();
+    if !root {
+        eprintln!("skipped: needs root");
+    }
+    root
+}
