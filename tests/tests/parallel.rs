@@ -36,7 +36,8 @@ fn twenty_in_parallel_leave_nothing() {
             .sh(&format!("echo {number} >/home/me; cat /home/me; sleep 0.5"))
             .success();
         assert_eq!(said.out(), number.to_string());
-        let address = container.sh("ip -4 -o addr show eth0").success().out();
+        let line = "ip -4 -o addr show eth0; sleep 0.5";
+        let address = container.sh(line).success().out();
         assert!(address.contains("inet 10.88."), "{address}");
     });
     on_each(&|_, container| {
