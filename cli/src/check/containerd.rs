@@ -303,21 +303,8 @@ fn plugin_mismatch(config: &Value) -> Option<(i64, &'static str)> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Severity;
+    use super::super::{Severity, host_with as host};
     use super::*;
-
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
-        let root = tempfile::tempdir().unwrap();
-        let host = Host {
-            root: root.path().into(),
-        };
-        for (path, text) in files {
-            let path = host.path(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        }
-        (root, host)
-    }
 
     const V3: &str = "version = 3\n[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.sepal]\n\
         runtime_type = 'io.containerd.sepal.v2'\n";

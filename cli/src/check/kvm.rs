@@ -1,6 +1,5 @@
 //! KVM: is it there, may we, and of which flavour is it.
 
-use std::fs::OpenOptions;
 use std::io::ErrorKind;
 use std::process::Command;
 
@@ -20,13 +19,12 @@ struct Probe {
 
 /// The flavour, where the VMM could tell.
 pub fn look(host: &Host, config: &Config) -> (Option<KvmFlavour>, Finding) {
-    let device = host.path("/dev/kvm");
-    if !device.exists() {
+    if !host.path("/dev/kvm").exists() {
         let remedy = "load kvm_intel or kvm_amd; if that is refused, turn virtualization on in the \
             firmware, or nested virtualization in the hypervisor below";
         return (None, Finding::fail(CHECK, "there is no /dev/kvm", remedy));
     }
-    if let Err(error) = OpenOptions::new().read(true).write(true).open(&device) {
+    if let Err(error) = host.device("/dev/kvm") {
         let remedy = match error.kind() {
             ErrorKind::PermissionDenied => "run as root, which containerd does",
             _ => "unload and load kvm_intel or kvm_amd",

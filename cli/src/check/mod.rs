@@ -13,6 +13,7 @@ mod system;
 mod tc;
 
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -94,10 +95,30 @@ impl Host {
         std::fs::read_to_string(self.path(path)).ok()
     }
 
+    /// Opens a device of the host as its users do.
+    fn device(&self, path: &str) -> std::io::Result<File> {
+        File::options().read(true).write(true).open(self.path(path))
+    }
+
     /// We run on it, so that things can be tried out.
     fn is_ours(&self) -> bool {
         self.root == Path::new("/")
     }
+}
+
+/// A host for tests that has these files, and the directory in which it lives.
+#[cfg(test)]
+fn host_with(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
+    let root = tempfile::tempdir().unwrap();
+    let host = Host {
+        root: root.path().into(),
+    };
+    for (path, text) in files {
+        let path = host.path(path);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    (root, host)
 }
 
 #[derive(Debug, Serialize)]

@@ -1,8 +1,6 @@
 //! What a pod's network takes: tap devices, tc to redirect between a tap and CNI's interface, and
 //! vhost-net where there is one.
 
-use std::fs::OpenOptions;
-
 use super::tc;
 use super::{Finding, Host};
 
@@ -16,11 +14,7 @@ pub fn look(host: &Host) -> Vec<Finding> {
 
 fn tun(host: &Host) -> Finding {
     const CHECK: &str = "tun";
-    match OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(host.path("/dev/net/tun"))
-    {
+    match host.device("/dev/net/tun") {
         Ok(_) => Finding::ok(CHECK, "/dev/net/tun opens"),
         Err(error) => {
             let remedy = "modprobe tun, and again at each boot (/etc/modules-load.d)";
@@ -31,11 +25,7 @@ fn tun(host: &Host) -> Finding {
 
 fn vhost(host: &Host) -> Finding {
     const CHECK: &str = "vhost-net";
-    match OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(host.path("/dev/vhost-net"))
-    {
+    match host.device("/dev/vhost-net") {
         Ok(_) => Finding::ok(CHECK, "/dev/vhost-net opens"),
         Err(error) => {
             let message =

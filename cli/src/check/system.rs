@@ -157,21 +157,8 @@ fn descriptors(host: &Host) -> Option<Finding> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Severity;
+    use super::super::{Severity, host_with as host};
     use super::*;
-
-    fn host(files: &[(&str, &str)]) -> (tempfile::TempDir, Host) {
-        let root = tempfile::tempdir().unwrap();
-        let host = Host {
-            root: root.path().into(),
-        };
-        for (path, text) in files {
-            let path = host.path(path);
-            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
-            std::fs::write(path, text).unwrap();
-        }
-        (root, host)
-    }
 
     #[test]
     fn both_versions_of_cgroups_are_known() {
