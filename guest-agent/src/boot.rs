@@ -158,6 +158,9 @@ type Step = (&'static str, fn() -> io::Result<()>);
 /// Logs what the boot has cost up to here: page faults are the larger part of it where they are dear.
 pub fn tell_cost() {
     use nix::sys::resource::{UsageWho, getrusage};
+    if !tracing::enabled!(tracing::Level::DEBUG) {
+        return;
+    }
     if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
         let (minor, major) = (usage.minor_page_faults(), usage.major_page_faults());
         tracing::debug!(minor, major, "page faults");

@@ -32,9 +32,7 @@ static FOLLOWING: AtomicBool = AtomicBool::new(false);
 /// # Errors
 /// Those of clock_adjtime(2).
 pub fn set(realtime_ns: u64) -> Result<()> {
-    let target = i64::try_from(realtime_ns)
-        .map_err(|_| Error::Invalid(format!("{realtime_ns} ns is not a time")))?;
-    approach(target, TOLERANCE)
+    approach_told(realtime_ns, TOLERANCE)
 }
 
 /// As [`set`], for a clock that has been set before.
@@ -42,13 +40,18 @@ pub fn set(realtime_ns: u64) -> Result<()> {
 /// # Errors
 /// Those of clock_adjtime(2).
 pub fn correct(realtime_ns: u64) -> Result<()> {
+    let tolerance = if FOLLOWING.load(Ordering::Relaxed) {
+        FOLLOWING_TOLERANCE
+    } else {
+        LATER_TOLERANCE
+    };
+    approach_told(realtime_ns, tolerance)
+}
+
+fn approach_told(realtime_ns: u64, tolerance: Duration) -> Result<()> {
     let target = i64::try_from(realtime_ns)
         .map_err(|_| Error::Invalid(format!("{realtime_ns} ns is not a time")))?;
-    if FOLLOWING.load(Ordering::Relaxed) {
-        approach(target, FOLLOWING_TOLERANCE)
-    } else {
-        approach(target, LATER_TOLERANCE)
-    }
+    approach(target, tolerance)
 }
 
 fn approach(target_ns: i64, tolerance: Duration) -> Result<()> {
