@@ -7,14 +7,14 @@ use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
 use oci_spec::runtime::Hooks;
-use sepal_protocol::agent::{CreateContainerRequest, RootFs};
+use sepal_protocol::agent::{CreateContainerRequest, RootFs, Stdio};
 use sepal_protocol::paths;
 
 use crate::annotations::Role;
 use crate::container::{Container, Process, lock};
 use crate::error::{Error, Result};
 use crate::hooks;
-use crate::pod::{self, Pod};
+use crate::pod::{self, Pod, Up};
 use crate::rootfs::RootMount;
 use crate::service::run_poststop;
 use crate::spec::{self, Plan};
@@ -72,60 +72,36 @@ impl Pod {
     async fn try_create(
         self: &Arc<Self>,
         asked: &Creation,
-        plan: Plan,
+        mut plan: Plan,
         first: bool,
         host_hooks: &Hooks,
         hook_state: &hooks::State,
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
         let share = self.share.clone();
-        let (id, bundle, binds) = (asked.id.clone(), asked.bundle.clone(), plan.binds);
+        let (id, bundle, binds) = (
+            asked.id.clone(),
+            asked.bundle.clone(),
+            std::mem::take(&mut plan.binds),
+        );
         let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
         // The VM boots meanwhile.
         tokio::task::spawn_blocking(move || share.add(&id, &bundle, &mounts, &binds))
             .await
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");
-        let up = self.up().await?;
-        if first {
-            let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
-            up.vm.enter_root(&root).await?;
-        }
-        let hook_state = hooks::State {
-            pid: Some(up.vm.vmm_pid),
-            ..hook_state.clone()
-        };
-        if !first {
-            // Those of the first container have run before the VM's network was looked at.
-            pod::run_creation_hooks(host_hooks, &hook_state).await?;
-        }
+        // Streams are conversations with the guest, which has time for them while it is set up.
+        let agent = self.agent().await?;
         let namespace = &self.identity.namespace;
-        let (streams, stdio) =
-            Streams::open(&asked.wanted, &up.agent, namespace, &asked.id).await?;
-        let spec = serde_json::to_vec(&plan.guest).map_err(|e| Error::Invalid {
-            what: "OCI spec",
-            reason: e.to_string(),
-        })?;
-        let request = CreateContainerRequest {
-            container_id: asked.id.clone(),
-            spec,
-            stdio: MessageField::some(stdio),
-            shared_namespaces: plan.shared_namespaces,
-            rootfs: MessageField::some(RootFs {
-                share_path: Path::new(&asked.id)
-                    .join(paths::ROOTFS)
-                    .display()
-                    .to_string(),
-                ..Default::default()
-            }),
-            // pivot_root(2) refuses to move an initramfs.
-            no_pivot: asked.no_pivot || self.config.initrd.is_some(),
-            ..Default::default()
+        let (streams, stdio) = Streams::open(&asked.wanted, &agent, namespace, &asked.id).await?;
+        let hooks = (host_hooks, hook_state);
+        let (up, hook_state) = match self.make_in_guest(asked, &plan, first, hooks, stdio).await {
+            Ok(made) => made,
+            Err(e) => {
+                streams.close().await;
+                return Err(e);
+            }
         };
-        if let Err(e) = self.call(&up, up.agent.create_container(&request)).await {
-            streams.close().await;
-            return Err(e);
-        }
         self.timeline.note("container-created");
         let init = Process::new(&asked.id, "", asked.wanted.clone(), Vec::new());
         init.set_streams(streams);
@@ -159,6 +135,52 @@ impl Pod {
         });
         tokio::spawn(self.clone().watch(up, container, init));
         Ok(pid)
+    }
+
+    /// The guest's part, once the guest serves. Answers with what the pod's hooks get from then on.
+    async fn make_in_guest(
+        &self,
+        asked: &Creation,
+        plan: &Plan,
+        first: bool,
+        (host_hooks, hook_state): (&Hooks, &hooks::State),
+        stdio: Stdio,
+    ) -> Result<(Arc<Up>, hooks::State)> {
+        let up = self.up().await?;
+        if first {
+            let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
+            up.vm.enter_root(&root).await?;
+        }
+        let hook_state = hooks::State {
+            pid: Some(up.vm.vmm_pid),
+            ..hook_state.clone()
+        };
+        if !first {
+            // Those of the first container have run before the VM's network was looked at.
+            pod::run_creation_hooks(host_hooks, &hook_state).await?;
+        }
+        let spec = serde_json::to_vec(&plan.guest).map_err(|e| Error::Invalid {
+            what: "OCI spec",
+            reason: e.to_string(),
+        })?;
+        let request = CreateContainerRequest {
+            container_id: asked.id.clone(),
+            spec,
+            stdio: MessageField::some(stdio),
+            shared_namespaces: plan.shared_namespaces.clone(),
+            rootfs: MessageField::some(RootFs {
+                share_path: Path::new(&asked.id)
+                    .join(paths::ROOTFS)
+                    .display()
+                    .to_string(),
+                ..Default::default()
+            }),
+            // pivot_root(2) refuses to move an initramfs.
+            no_pivot: asked.no_pivot || self.config.initrd.is_some(),
+            ..Default::default()
+        };
+        self.call(&up, up.agent.create_container(&request)).await?;
+        Ok((up, hook_state))
     }
 }
 

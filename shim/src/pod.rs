@@ -140,6 +140,8 @@ pub struct Pod {
     pub config: Config,
     cgroup: OnceLock<Cgroup>,
     vm: OnceLock<Arc<Vm>>,
+    /// The agent as soon as it answers, while the guest is still being set up.
+    agent: watch::Sender<Option<Agent>>,
     up: watch::Sender<Option<Outcome>>,
     record: Mutex<PodState>,
     removing: AtomicBool,
@@ -213,6 +215,7 @@ impl Pod {
             config,
             cgroup: OnceLock::new(),
             vm: OnceLock::new(),
+            agent: watch::Sender::new(None),
             up: watch::Sender::new(None),
             record: Mutex::new(record),
             removing: AtomicBool::new(false),
@@ -351,6 +354,7 @@ impl Pod {
         self.timeline.note("agent-ready");
         self.note_guest(&announced);
         let agent = Agent::connect(&self.directory.join(pod::VSOCK), limit).await?;
+        self.agent.send_replace(Some(agent.clone()));
         let request = set_up_request(&self.identity.id, spec, role, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
@@ -409,6 +413,23 @@ impl Pod {
         }
     }
 
+    /// Waits until the agent answers, which it does a little before the guest serves: enough for
+    /// connections.
+    ///
+    /// # Errors
+    /// As of [`Pod::up`].
+    pub async fn agent(&self) -> Result<Agent> {
+        let mut connected = self.agent.subscribe();
+        tokio::select! {
+            agent = connected.wait_for(Option::is_some) => match agent {
+                Ok(agent) => agent.clone().ok_or(Error::Removing),
+                Err(_) => Err(Error::Removing),
+            },
+            // Comes first only when the agent never does.
+            up = self.up() => up.map(|up| up.agent.clone()),
+        }
+    }
+
     /// The pid that stands for all processes of the pod: the VMM's, once it is there.
     pub fn pid(&self) -> u32 {
         self.vm.get().map_or(0, |vm| vm.vmm_pid)
@@ -432,15 +453,16 @@ impl Pod {
         if let Some(Ok(up)) = up
             && up.vm.gone().is_none()
         {
+            // It answers when its processes have ended and all is written back: what its kernel
+            // does after that to power off is of no use to anyone.
             let asked = up.agent.shutdown(&messages::Empty::default()).await;
-            if let Err(e) = &asked {
-                tracing::debug!("the guest does not power off: {e}");
+            if let Err(e) = &asked
+                // A guest that powers off may take its answer with it.
+                && up.vm.ended_within(POWER_OFF).await.is_none()
+            {
+                tracing::warn!("the guest does not power off and is killed: {e}");
             }
-            // A guest that powers off may take its answer with it.
-            if up.vm.ended_within(POWER_OFF).await.is_none() {
-                tracing::warn!("the guest did not power off in time and is killed");
-                up.vm.kill().await;
-            }
+            up.vm.kill().await;
         }
         self.timeline.note("vm-ended");
         let (directory, cgroup) = (self.directory.clone(), self.cgroup.get().cloned());
