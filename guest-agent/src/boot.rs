@@ -170,9 +170,8 @@ pub fn tell_cost() {
 /// Does what is not needed for the first answer. What fails here is told in the log: a container
 /// that needs it fails on its own.
 pub fn finish() {
-    let steps: [Step; 8] = [
+    let steps: [Step; 7] = [
         ("pages for forks", sys::keep_pages_over_fork),
-        ("RCU", expedite_rcu),
         ("the loopback interface", sys::loopback_up),
         ("cgroup controllers", || {
             cgroup::delegate(Path::new(cgroup::ROOT)).map_err(io::Error::other)
@@ -235,12 +234,6 @@ fn device_links() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-/// Mounts, namespaces and cgroups come and go with every container, and the kernel waits for RCU
-/// grace periods with most of them: several ticks each, unless told to hurry.
-fn expedite_rcu() -> io::Result<()> {
-    fs::write("/sys/kernel/rcu_expedited", "1")
 }
 
 /// Mounts hugetlbfs where the guest has huge pages set aside.

@@ -17,6 +17,11 @@ const ALWAYS: &[&str] = &[
     // Buffers for devices that cannot reach all memory; ours can.
     "swiotlb=noforce",
     "random.trust_cpu=on",
+    // Grace periods of several ticks each, after init has started as well: mounts, namespaces and
+    // cgroups wait for them.
+    "rcupdate.rcu_expedited=1",
+    // By default the kernel clears 2 MiB to give back all but 200 KiB of them.
+    "percpu_alloc=page",
     // Interfaces that nobody has asked for; both kinds can be made.
     "dummy.numdummies=0",
     "ifb.numifbs=0",
