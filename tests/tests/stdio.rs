@@ -123,9 +123,10 @@ fn end_of_input_is_seen_and_what_follows_is_still_written() {
         .run();
     assert_eq!(run.success().out(), "12\nafter the end");
     // ctr forgets an end of input that comes before the task is there: it gets it late.
-    let late = |mut stdin: ChildStdin| {
+    let until_it_is_there = seconds(if bed.kind() == Kind::Native { 4 } else { 60 });
+    let late = move |mut stdin: ChildStdin| {
         stdin.write_all(b"twelve bytes").expect("a pipe");
-        std::thread::sleep(seconds(4));
+        std::thread::sleep(until_it_is_there);
     };
     let run = bed.ctr_run(&[], &bed.busybox(), argv).feed(late).run();
     assert_eq!(run.success().out(), "12\nafter the end");
