@@ -11,6 +11,7 @@ pub mod container;
 pub mod devices;
 pub mod error;
 pub mod events;
+pub mod forward;
 pub mod guest;
 pub mod launch;
 pub mod log;

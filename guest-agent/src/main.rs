@@ -2,7 +2,7 @@
 
 use anyhow::Context as _;
 use sepal_agent::stream::{Listener, Stream};
-use sepal_agent::{Sockets, boot, clock, guest, log, serve};
+use sepal_agent::{Sockets, boot, clock, forward, guest, log, serve};
 use sepal_protocol::ports;
 use sepal_protocol::ready::{AgentReady, Stage};
 use tokio::io::AsyncWriteExt;
@@ -43,6 +43,7 @@ async fn run(mut stages: Vec<Stage>) -> anyhow::Result<()> {
             }
             boot::tell_cost();
             boot::finish();
+            tokio::spawn(forward::serve());
             clock::follow_host().await;
         });
     };

@@ -218,6 +218,35 @@ impl Agent {
         Ok((stream, token.to_vec()))
     }
 
+    /// Opens a connection to a port of the guest's loopback, as [`ports::FORWARD`] says.
+    ///
+    /// # Errors
+    /// As [`dial`]; [`Error::Refused`] when nothing listens on the port.
+    pub async fn forward(
+        &self,
+        request: [u8; ports::FORWARD_REQUEST_LEN],
+    ) -> Result<UnixStream, Error> {
+        let failed = |source| Error::Connect {
+            what: "cannot reach its loopback",
+            source,
+        };
+        let mut stream = dial(&self.vsock, ports::FORWARD).await?;
+        let ask = async {
+            stream.write_all(&request).await?;
+            stream.read_u8().await
+        };
+        let answer = tokio::time::timeout(CONNECT, ask).await;
+        match answer.map_err(|_| failed(std::io::ErrorKind::TimedOut.into()))? {
+            Ok(0) => Ok(stream),
+            Ok(_) => {
+                let [_, high, low] = request;
+                let port = u16::from_be_bytes([high, low]).into();
+                Err(Error::Refused { port })
+            }
+            Err(e) => Err(failed(e)),
+        }
+    }
+
     calls! {
         /// Network, names and clock of the pod.
         set_up_pod(SetUpPodRequest) -> Empty, Limit::Long;

@@ -2,8 +2,8 @@
 //!
 //! Read in this order: [`task`] (RPC in, event out), [`creation`] and [`service`] (what is done for
 //! a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`spec`],
-//! [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`], [`cgroup`], [`hooks`] and
-//! [`stdio`] touch the host; [`cleanup`] undoes what they do, also after a crash.
+//! [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`], [`forward`], [`cgroup`],
+//! [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes what they do, also after a crash.
 
 pub mod agent;
 pub mod annotations;
@@ -13,6 +13,7 @@ pub mod container;
 pub mod creation;
 pub mod error;
 pub mod events;
+pub mod forward;
 pub mod hooks;
 pub mod log;
 pub mod logger;

@@ -27,6 +27,7 @@ use crate::cleanup;
 use crate::container::{Container, lock};
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::forward::Forward;
 use crate::hooks;
 use crate::network;
 use crate::rootfs::Share;
@@ -59,8 +60,11 @@ pub struct Up {
     pub vm: Arc<Vm>,
     /// The guest's agent.
     pub agent: Agent,
-    /// The pod's network namespace while nothing has been found in it.
-    unconnected: tokio::sync::Mutex<Option<OwnedFd>>,
+    /// The pod's network namespace on the host.
+    netns: OwnedFd,
+    /// Whether anything has been found in it.
+    connected: tokio::sync::Mutex<bool>,
+    role: Role,
 }
 
 impl Up {
@@ -70,20 +74,34 @@ impl Up {
     /// # Errors
     /// As of [`network::set_up`]; or the VM does not take an interface.
     pub async fn connect_network(&self) -> Result<()> {
-        let mut place = self.unconnected.lock().await;
-        let Some(netns) = place.take() else {
-            return Ok(());
-        };
-        let (nics, network, netns) = scan_network(netns).await?;
-        if nics.is_empty() {
-            *place = Some(netns);
+        let mut connected = self.connected.lock().await;
+        if *connected {
             return Ok(());
         }
+        let (nics, network) = scan_network(&self.netns).await?;
+        if nics.is_empty() {
+            return Ok(());
+        }
+        *connected = true;
         for (number, nic) in nics.into_iter().enumerate() {
             self.vm.add_net(number, nic).await?;
         }
         self.agent.update_network(&network).await?;
         Ok(())
+    }
+
+    /// Lets clients on the host reach what listens on the guest's loopback, in pods of an
+    /// orchestrator: theirs is who dials it.
+    fn open_loopback(&self) -> Option<Forward> {
+        if self.role != Role::Sandbox {
+            return None;
+        }
+        let forward = Forward::start(self.netns.as_fd(), self.agent.clone());
+        forward
+            .inspect_err(|e| {
+                tracing::warn!("port-forward will not reach the pod (Linux 5.9 or later?): {e}");
+            })
+            .ok()
     }
 
     /// Has the guest let go of files when the file server's descriptors run out.
@@ -249,6 +267,7 @@ impl Pod {
         self.up.send_replace(Some(outcome));
         if let Some(up) = up {
             tokio::spawn(self.clone().hear_events(up.clone()));
+            let _loopback = up.open_loopback();
             let reason = tokio::select! {
                 reason = up.vm.ended() => reason,
                 never = up.tell_time() => match never {},
@@ -263,7 +282,7 @@ impl Pod {
     async fn try_raise(&self) -> Result<Arc<Up>> {
         let config = &self.config;
         let bundle = &self.identity.bundle;
-        let mut spec = spec::load(bundle)?;
+        let spec = spec::load(bundle)?;
         let annotations = spec.annotations().clone().unwrap_or_default();
         let role = Role::of(&annotations);
         let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
@@ -303,42 +322,35 @@ impl Pod {
         set_oom_score(&[vm.vmm_pid, vm.fs_pid], oom_score);
         let pids = [std::process::id(), vm.vmm_pid, vm.fs_pid];
         let held = tokio::task::spawn_blocking(move || cgroup.hold(&pids));
-        let booted = self.boot(&vm, &mut spec, &size, &role, joined).await;
+        let booted = self.boot(vm.clone(), spec, &size, role, joined).await;
         // In any case before the cgroup might be removed again.
         held.await
             .map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
-        let (agent, unconnected) = booted?;
-        let unconnected = tokio::sync::Mutex::new(unconnected);
-        Ok(Arc::new(Up {
-            vm,
-            agent,
-            unconnected,
-        }))
+        Ok(Arc::new(booted?))
     }
 
-    /// From the processes to a guest that serves. Answers with the network namespace, too, if it
-    /// is empty.
+    /// From the processes to a guest that serves.
     async fn boot(
         &self,
-        vm: &Vm,
-        spec: &mut Spec,
+        vm: Arc<Vm>,
+        mut spec: Spec,
         size: &Size,
-        role: &Role,
+        role: Role,
         joined: Option<OwnedFd>,
-    ) -> Result<(Agent, Option<OwnedFd>)> {
+    ) -> Result<Up> {
         let config = &self.config;
         let ready = UnixListener::bind(agent::host_socket(&self.directory, ports::READY))
             .map_err(Error::io("listen in", &self.directory))?;
-        let host_hooks = spec::take_host_hooks(spec);
+        let host_hooks = spec::take_host_hooks(&mut spec);
         let bundle = &self.identity.bundle;
-        let state = self.hook_state(spec, &self.identity.id, bundle, Some(vm.vmm_pid));
+        let state = self.hook_state(&spec, &self.identity.id, bundle, Some(vm.vmm_pid));
         run_creation_hooks(&host_hooks, &state).await?;
         let netns = match joined {
             Some(fd) => fd,
             None => open_netns(Path::new(&format!("/proc/{}/ns/net", vm.vmm_pid)))?,
         };
-        let (nics, network, netns) = scan_network(netns).await?;
-        let unconnected = nics.is_empty().then_some(netns);
+        let (nics, network) = scan_network(&netns).await?;
+        let connected = tokio::sync::Mutex::new(!nics.is_empty());
         self.timeline.note("network");
 
         let booted = vm.boot(config, &self.name, size, nics).await?;
@@ -355,10 +367,16 @@ impl Pod {
         self.note_guest(&announced);
         let agent = Agent::connect(&self.directory.join(pod::VSOCK), limit).await?;
         self.agent.send_replace(Some(agent.clone()));
-        let request = set_up_request(&self.identity.id, spec, role, network);
+        let request = set_up_request(&self.identity.id, &spec, &role, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
-        Ok((agent, unconnected))
+        Ok(Up {
+            vm,
+            agent,
+            netns,
+            connected,
+            role,
+        })
     }
 
     fn note_guest(&self, announced: &AgentReady) {
@@ -503,14 +521,16 @@ pub async fn run_creation_hooks(hooks: &Hooks, state: &hooks::State) -> Result<(
     Ok(())
 }
 
-/// [`network::set_up`] on a thread that may block. Gives the namespace back.
-async fn scan_network(netns: OwnedFd) -> Result<(Vec<network::Nic>, messages::Network, OwnedFd)> {
-    let work = move || network::set_up(netns.as_fd()).map(|(nics, found)| (nics, found, netns));
-    let done = tokio::task::spawn_blocking(work).await;
-    Ok(done.map_err(|source| network::Error::Io {
+/// [`network::set_up`] on a thread that may block.
+async fn scan_network(netns: &OwnedFd) -> Result<(Vec<network::Nic>, messages::Network)> {
+    let failed = |source| network::Error::Io {
         what: "look at its namespace",
-        source: source.into(),
-    })??)
+        source,
+    };
+    let netns = netns.try_clone().map_err(failed)?;
+    let work = move || network::set_up(netns.as_fd());
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|e| failed(e.into()))??)
 }
 
 fn open_netns(path: &Path) -> Result<OwnedFd> {

@@ -1,6 +1,8 @@
 //! System calls that no safe wrapper covers: processes by pidfd, detached mounts, taps.
 //!
-//! The shim's only `unsafe` code is here.
+//! The shim's only `unsafe` code is here and in [`bpf`].
+
+pub mod bpf;
 
 use std::ffi::CString;
 use std::fs::File;
