@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio as ProcessStdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use sepal_protocol::agent::{
     CreateContainerRequest, Empty, ExecProcessRequest, ProcessExit, ProcessId, RootFs, Stdio,
 };
@@ -53,6 +54,11 @@ pub struct Streams {
 
 impl Bed {
     pub async fn new() -> Self {
+        // A PID 1 has them all; who runs the tests may ignore these (nohup, a shell's background),
+        // and a shell in a container cannot trap what it finds ignored.
+        for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT] {
+            sepal_agent::sys::reset_signal(signal).unwrap();
+        }
         let directory = tempfile::Builder::new()
             .prefix("sepal-agent")
             .tempdir_in("/var/tmp")
