@@ -46,12 +46,19 @@ pub enum Error {
 }
 
 impl Image {
-    /// Reads the trailer of a file.
+    /// Reads the trailer of the file at `path`.
     ///
     /// # Errors
     /// The file cannot be read, is no guest image, or not a whole one.
     pub fn read(path: &Path) -> Result<Self, Error> {
-        let file = File::open(path)?;
+        Self::of(&File::open(path)?)
+    }
+
+    /// Reads the trailer of an open file.
+    ///
+    /// # Errors
+    /// As of [`Image::read`].
+    pub fn of(file: &File) -> Result<Self, Error> {
         let found = file.metadata()?.len();
         let Some(at) = found.checked_sub(TRAILER as u64) else {
             return Err(Error::NoTrailer);

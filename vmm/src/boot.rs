@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_bindings::{kvm_segment, kvm_sregs};
+use sepal_protocol::image::{self, Image};
 use sepal_protocol::vm::KvmFlavour;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -84,27 +85,13 @@ pub enum Error {
         /// Which.
         path: PathBuf,
     },
-    /// Shorter than its superblock says.
-    #[error(
-        "the guest image {} is truncated: it has {length} bytes, its file system {needed}; \
-         install it again", path.display()
-    )]
-    TruncatedImage {
+    /// No guest image, or not a whole one.
+    #[error("the guest image {}: {why}; install it again", path.display())]
+    Image {
         /// Which.
         path: PathBuf,
-        /// Its length.
-        length: u64,
-        /// What it should be at least.
-        needed: u64,
-    },
-    /// Not an EROFS.
-    #[error(
-        "{} is not a guest image: Sepal boots from an EROFS file system; install it again",
-        path.display()
-    )]
-    NotAnImage {
-        /// Which.
-        path: PathBuf,
+        /// What is wrong with it.
+        why: image::Error,
     },
     /// RAM is too small.
     #[error(
@@ -275,45 +262,19 @@ pub fn load_kernel(
     Ok(kernel)
 }
 
-/// Opens the guest image and checks that it is whole, as far as its superblock tells (Linux,
-/// fs/erofs/erofs_fs.h): a guest that finds it is not can only panic.
+/// Opens the guest image and checks that it is whole: a guest that finds it is not can only panic.
 ///
 /// # Errors
-/// There is none, it is no EROFS, or truncated.
+/// There is none, it is another file, or truncated.
 pub fn open_image(path: &Path) -> Result<File, Error> {
-    const SUPERBLOCK: u64 = 1024;
-    const MAGIC: u32 = 0xe0f5_e1e2;
     let file = open("image", path)?;
-    let failed = |reason| Error::Read {
-        what: "image",
-        path: path.into(),
-        reason,
-    };
-    let length = file.metadata().map_err(failed)?.len();
-    let mut superblock = [0_u8; 128];
-    let needed = SUPERBLOCK + superblock.len() as u64;
-    if length < needed {
-        return Err(Error::TruncatedImage {
+    match Image::of(&file) {
+        Ok(_) => Ok(file),
+        Err(why) => Err(Error::Image {
             path: path.into(),
-            length,
-            needed,
-        });
+            why,
+        }),
     }
-    file.read_exact_at(&mut superblock, SUPERBLOCK)
-        .map_err(failed)?;
-    let block_bits = superblock[12];
-    if u32_at(&superblock, 0) != MAGIC || !(9..=16).contains(&block_bits) {
-        return Err(Error::NotAnImage { path: path.into() });
-    }
-    let needed = u64::from(u32_at(&superblock, 36)) << block_bits;
-    if length < needed {
-        return Err(Error::TruncatedImage {
-            path: path.into(),
-            length,
-            needed,
-        });
-    }
-    Ok(file)
 }
 
 /// Looks in a PT_NOTE segment for the mark that kernel-config's patches leave in a kernel which can
