@@ -221,10 +221,15 @@ impl Process {
     pub async fn wait(&self) -> ProcessExit {
         let ended = self.wait_end().await;
         let copying = self.lock().copying.clone();
-        if let Some(copying) = copying {
-            copying.wait_drained().await;
+        let [stdout_bytes, stderr_bytes] = match copying {
+            Some(copying) => copying.wait_drained().await,
+            None => [0; 2],
+        };
+        ProcessExit {
+            stdout_bytes,
+            stderr_bytes,
+            ..self.report(ended)
         }
-        self.report(ended)
     }
 
     /// An end in the protocol's terms.

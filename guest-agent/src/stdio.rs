@@ -210,16 +210,15 @@ impl Streams {
             process.stdin = Some(read);
             agent.stdin = Some((stream, watched(write, Interest::WRITABLE).context(io)?));
         }
-        for (stream, end) in [
-            (self.stdout, &mut process.stdout),
-            (self.stderr, &mut process.stderr),
+        for (stream, end, output) in [
+            (self.stdout, &mut process.stdout, STDOUT),
+            (self.stderr, &mut process.stderr, STDERR),
         ] {
             if let Some(stream) = stream {
                 let (read, write) = pipe2(OFlag::O_CLOEXEC).context(io)?;
                 *end = Some(write);
-                agent
-                    .outputs
-                    .push((watched(read, Interest::READABLE).context(io)?, stream));
+                let pipe = watched(read, Interest::READABLE).context(io)?;
+                agent.outputs.push((output, pipe, stream));
             }
         }
         Ok((process, agent))
@@ -250,7 +249,7 @@ pub struct ProcessEnds {
 #[derive(Debug, Default)]
 pub struct AgentEnds {
     stdin: Option<(Stream, AsyncFd<OwnedFd>)>,
-    outputs: Vec<(AsyncFd<OwnedFd>, Stream)>,
+    outputs: Vec<(usize, AsyncFd<OwnedFd>, Stream)>,
     console: Option<Console>,
     size: Option<(u16, u16)>,
 }
@@ -269,7 +268,7 @@ impl AgentEnds {
     /// # Errors
     /// When there is no terminal where there should be one.
     pub fn start(self, owner: u32) -> Result<Copying> {
-        let state = Arc::new(State::default());
+        let handed = Arc::new(Handed::default());
         let (close_stdin, closing) = watch::channel(false);
         let (exited, exit) = watch::channel(false);
         let mut drained = Vec::new();
@@ -278,7 +277,7 @@ impl AgentEnds {
         let mut outputs: Vec<_> = self
             .outputs
             .into_iter()
-            .map(|(pipe, stream)| (Arc::new(pipe), Some(stream)))
+            .map(|(output, pipe, stream)| (output, Arc::new(pipe), Some(stream)))
             .collect();
         if let Some(console) = self.console {
             let io = || "cannot set up the process's terminal".to_owned();
@@ -293,14 +292,14 @@ impl AgentEnds {
             let master = watched(master, Interest::READABLE | Interest::WRITABLE).context(io)?;
             let master = Arc::new(master);
             stdin = console.stdin.map(|stream| (stream, Arc::clone(&master)));
-            outputs.push((Arc::clone(&master), console.stdout));
+            outputs.push((STDOUT, Arc::clone(&master), console.stdout));
             terminal = Some(master);
         }
         if let Some((stream, sink)) = stdin {
             let exit = exit.clone();
             tokio::spawn(copy_input(stream, sink, closing, exit));
         }
-        for (source, stream) in outputs {
+        for (output, source, stream) in outputs {
             let (done, seen) = oneshot::channel();
             drained.push(seen);
             tokio::spawn(copy_output(
@@ -308,23 +307,36 @@ impl AgentEnds {
                 stream,
                 exit.clone(),
                 done,
-                Arc::clone(&state),
+                (Arc::clone(&handed), output),
             ));
         }
         Ok(Copying {
             close_stdin,
             exited,
             drained: tokio::sync::Mutex::new(drained),
-            state,
+            handed,
             terminal,
         })
     }
 }
 
+/// Place in [`Handed`].
+const STDOUT: usize = 0;
+/// Place in [`Handed`].
+const STDERR: usize = 1;
+
+/// Bytes handed over to the host so far, by output.
 #[derive(Debug, Default)]
-struct State {
-    /// Bytes of output handed over so far.
-    moved: AtomicU64,
+struct Handed([AtomicU64; 2]);
+
+impl Handed {
+    fn add(&self, output: usize, count: usize) {
+        self.0[output].fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    fn counts(&self) -> [u64; 2] {
+        [STDOUT, STDERR].map(|output| self.0[output].load(Ordering::Relaxed))
+    }
 }
 
 /// The streams of a process that lives or has lived.
@@ -333,7 +345,7 @@ pub struct Copying {
     close_stdin: watch::Sender<bool>,
     exited: watch::Sender<bool>,
     drained: tokio::sync::Mutex<Vec<oneshot::Receiver<()>>>,
-    state: Arc<State>,
+    handed: Arc<Handed>,
     terminal: Option<Arc<AsyncFd<OwnedFd>>>,
 }
 
@@ -361,22 +373,24 @@ impl Copying {
     }
 
     /// Waits until all that the process has written is handed over; gives up when a reader has
-    /// taken nothing for two seconds. (What it has not taken stays for it.)
-    pub async fn wait_drained(&self) {
+    /// taken nothing for two seconds. (What it has not taken stays for it.) Answers with the bytes
+    /// handed over since the process began, standard output's or the terminal's first.
+    pub async fn wait_drained(&self) -> [u64; 2] {
         let mut drained = self.drained.lock().await;
         while let Some(next) = drained.last_mut() {
-            let before = self.state.moved.load(Ordering::Relaxed);
+            let before = self.handed.counts();
             match tokio::time::timeout(STALL, next).await {
                 Ok(_) => {
                     drained.pop();
                 }
-                Err(_) if self.state.moved.load(Ordering::Relaxed) == before => {
+                Err(_) if self.handed.counts() == before => {
                     tracing::warn!("a reader does not take the output of an ended process");
-                    return;
+                    break;
                 }
                 Err(_) => {}
             }
         }
+        self.handed.counts()
     }
 }
 
@@ -395,8 +409,8 @@ thread_local! {
 enum Moved {
     /// All that was read was written.
     All(usize),
-    /// The sink took only a part: this is the rest.
-    Rest(Vec<u8>),
+    /// The sink took so many bytes and no more: this is the rest.
+    Rest(usize, Vec<u8>),
     /// The source has nothing now.
     Empty,
     /// The source has ended.
@@ -423,8 +437,8 @@ fn move_bytes(source: &OwnedFd, sink: Option<&OwnedFd>) -> io::Result<Moved> {
         let bytes = &buffer[..count];
         match nix::unistd::write(sink, bytes) {
             Ok(written) if written == count => Ok(Moved::All(count)),
-            Ok(written) => Ok(Moved::Rest(bytes[written..].to_vec())),
-            Err(Errno::EAGAIN | Errno::EINTR) => Ok(Moved::Rest(bytes.to_vec())),
+            Ok(written) => Ok(Moved::Rest(written, bytes[written..].to_vec())),
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(Moved::Rest(0, bytes.to_vec())),
             Err(error) => Err(error.into()),
         }
     })
@@ -449,7 +463,7 @@ async fn copy_output(
     mut stream: Option<Stream>,
     mut exit: watch::Receiver<bool>,
     drained: oneshot::Sender<()>,
-    state: Arc<State>,
+    (handed, output): (Arc<Handed>, usize),
 ) {
     let mut drained = Some(drained);
     let mut exited = *exit.borrow_and_update();
@@ -469,13 +483,14 @@ async fn copy_output(
         };
         match moved {
             Ok(Moved::All(count)) => {
-                state.moved.fetch_add(count as u64, Ordering::Relaxed);
+                handed.add(output, count);
                 // Others shall have their turn in between.
                 tokio::task::yield_now().await;
             }
-            Ok(Moved::Rest(rest)) => {
+            Ok(Moved::Rest(written, rest)) => {
+                handed.add(output, written);
                 let Some(stream) = &mut stream else { break };
-                if write_rest(stream, &rest, &state).await.is_err() {
+                if write_rest(stream, &rest, &handed, output).await.is_err() {
                     break;
                 }
             }
@@ -495,10 +510,15 @@ async fn copy_output(
     // Dropping `drained` counts as sending.
 }
 
-async fn write_rest(stream: &mut Stream, mut rest: &[u8], state: &State) -> io::Result<()> {
+async fn write_rest(
+    stream: &mut Stream,
+    mut rest: &[u8],
+    handed: &Handed,
+    output: usize,
+) -> io::Result<()> {
     while !rest.is_empty() {
         let written = stream.write(rest).await?;
-        state.moved.fetch_add(written as u64, Ordering::Relaxed);
+        handed.add(output, written);
         rest = &rest[written..];
     }
     Ok(())
@@ -526,7 +546,7 @@ async fn copy_input(
         };
         match moved {
             Ok(Moved::All(_)) => tokio::task::yield_now().await,
-            Ok(Moved::Rest(rest)) => tokio::select! {
+            Ok(Moved::Rest(_, rest)) => tokio::select! {
                 written = feed(&sink, &rest) => if written.is_err() { return },
                 _ = exit.changed() => return,
             },

@@ -186,11 +186,10 @@ impl Process {
         }
     }
 
-    /// Lets go of the streams, after what is left in them has been written.
+    /// Lets go of the streams. What the process wrote was given its time before its end was told.
     pub async fn close_streams(&self) {
         let streams = lock(&self.streams).take();
         if let Some(streams) = streams {
-            streams.finish().await;
             streams.close().await;
         }
     }

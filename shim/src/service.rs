@@ -60,14 +60,15 @@ impl Pod {
         process: Arc<Process>,
     ) {
         let id = process.id();
-        let status = match self.call(&up, up.agent.wait_process(&id)).await {
+        let (status, handed) = match self.call(&up, up.agent.wait_process(&id)).await {
             Ok(exit) => {
                 if exit.oom_killed && !container.oom_told.load(Ordering::Relaxed) {
                     // The event is under way; it must be known before the exit is.
                     container.oom_ahead.fetch_add(1, Ordering::Relaxed);
                     self.publish_oom(&container);
                 }
-                exit.status.min(255)
+                let handed = [exit.stdout_bytes, exit.stderr_bytes];
+                (exit.status.min(255), Some(handed))
             }
             Err(e) => {
                 if up.vm.gone().is_none() {
@@ -76,11 +77,11 @@ impl Pod {
                     // A guest that no longer answers for its processes is as good as dead.
                     up.vm.kill().await;
                 }
-                KILLED
+                (KILLED, None)
             }
         };
         if let Some(streams) = process.streams() {
-            streams.finish().await;
+            streams.finish(handed).await;
         }
         let _order = process.order.lock().await;
         let exit = Exit::now(status);

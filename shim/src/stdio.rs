@@ -5,30 +5,43 @@
 //! for reading as well, as runc's shim does: a client may go and another may come, and meanwhile the
 //! process waits on a full FIFO instead of dying of SIGPIPE. The input FIFO is held open for writing
 //! until containerd's CloseIO, so that a client that goes is no end of file.
+//!
+//! The end of a process is told when its output has reached the client. containerd's clients (`ctr`,
+//! nerdctl) close their end of a FIFO as soon as they hear of the end, and what they have not read by
+//! then is lost. So [`Streams::finish`] waits for the bytes that the guest says it has handed over,
+//! and until the FIFO has been read empty: both as long as something moves.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
 
 use sepal_protocol::agent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tokio::sync::watch;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use crate::agent::{self as guest, Agent};
 use crate::logger::Logger;
+use crate::sys;
 
 /// Bytes moved at once. A FIFO holds 64 KiB.
 const CHUNK: usize = 32 << 10;
-/// Output that no longer moves for so long is given up when its process has ended: there is no
-/// reader, and the FIFO is full.
+/// Output of an ended process that no reader has taken any of for so long is given up: there is no
+/// reader.
 const STUCK: Duration = Duration::from_secs(1);
+/// The same for bytes that the guest owes: it has sent them, but may be starved by its neighbours.
+const OWED: Duration = Duration::from_secs(10);
+/// Between two looks at a FIFO that is being read: no event tells that a pipe is empty. The first
+/// and the longest.
+const LOOK: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(10)];
+/// The longest where nobody waits for the answer.
+const LOOK_LATER: Duration = Duration::from_millis(250);
 
 /// Why a process has no streams.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +76,9 @@ pub struct Wanted {
 
 /// Where output goes.
 enum Sink {
+    /// A client's, which must be given the time to read it.
+    Fifo(Arc<pipe::Sender>),
+    /// A log program's, which is waited for.
     Pipe(pipe::Sender),
     File(tokio::fs::File),
 }
@@ -81,7 +97,7 @@ pub struct Streams {
     stdin: Mutex<Option<JoinHandle<()>>>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
     logger: Mutex<Option<Logger>>,
-    progress: Arc<Progress>,
+    progress: [Arc<Progress>; 2],
 }
 
 /// Standard input, before and after the FIFO is open.
@@ -94,11 +110,59 @@ struct Input {
     closed: bool,
 }
 
-/// What the outputs of a process have done together.
+/// How far an output has come.
 #[derive(Default)]
 struct Progress {
-    moved: AtomicU64,
-    open: watch::Sender<usize>,
+    /// Bytes that the guest has sent.
+    read: AtomicU64,
+    /// Bytes that the host's side has taken.
+    written: AtomicU64,
+    /// Set while bytes are copied.
+    copying: AtomicBool,
+    changed: Notify,
+    /// Where the bytes go, as long as it is open.
+    fifo: Mutex<Weak<pipe::Sender>>,
+}
+
+/// What there is still to do for an output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Rest {
+    /// Bytes that the guest is yet to send; all ones while it may send more and has not said how much.
+    owed: u64,
+    /// Bytes that wait for the host's side.
+    unread: u64,
+}
+
+impl Rest {
+    const NONE: Self = Self { owed: 0, unread: 0 };
+}
+
+impl Progress {
+    fn wrote(&self, bytes: usize) {
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// `handed`: bytes that the guest had sent when the process ended, if it said so.
+    fn rest(&self, handed: Option<u64>) -> Rest {
+        let (read, written) = (
+            self.read.load(Ordering::Acquire),
+            self.written.load(Ordering::Relaxed),
+        );
+        let fifo = lock(&self.fifo).upgrade();
+        let in_fifo = fifo.map_or(0, |fifo| sys::unread(&*fifo).unwrap_or(0));
+        let copying = self.copying.load(Ordering::Acquire);
+        Rest {
+            owed: match handed {
+                _ if !copying => 0,
+                Some(handed) => handed.saturating_sub(read),
+                None => u64::MAX,
+            },
+            unread: match copying {
+                true => read.saturating_sub(written) + in_fifo,
+                false => in_fifo,
+            },
+        }
+    }
 }
 
 impl Streams {
@@ -139,13 +203,23 @@ impl Streams {
             request.stdin = token;
             lock(&streams.input).waiting = Some((wanted.stdin.clone(), stream));
         }
-        for (sink, stream, token) in [
-            (opened.stdout, stdout, &mut request.stdout),
-            (opened.stderr, stderr, &mut request.stderr),
+        for (sink, stream, token, progress) in [
+            (
+                opened.stdout,
+                stdout,
+                &mut request.stdout,
+                &streams.progress[0],
+            ),
+            (
+                opened.stderr,
+                stderr,
+                &mut request.stderr,
+                &streams.progress[1],
+            ),
         ] {
             if let (Some(sink), Some((stream, its_token))) = (sink, stream) {
                 *token = its_token;
-                streams.copy_to(sink, stream);
+                streams.copy_to(sink, stream, progress);
             }
         }
         Ok((streams, request))
@@ -180,8 +254,10 @@ impl Streams {
         input.closed = true;
     }
 
-    /// After the process has ended: waits until its output has been written, as long as it moves.
-    pub async fn finish(&self) {
+    /// After the process has ended: waits until its output has been read, as long as it moves.
+    /// `handed` are the bytes that the guest had sent by then, by output; without them (there is no
+    /// guest any more) the streams' ends are waited for.
+    pub async fn finish(&self, handed: Option<[u64; 2]>) {
         if let Some(stdin) = lock(&self.stdin).take() {
             stdin.abort();
         }
@@ -189,29 +265,49 @@ impl Streams {
             closed: true,
             ..Input::default()
         };
-        let mut open = self.progress.open.subscribe();
+        let [stdout, stderr] = &self.progress;
+        let [mut pause, longest] = LOOK;
+        let (mut before, mut since) = (None, Instant::now());
         loop {
-            let before = self.progress.moved.load(Ordering::Relaxed);
-            let ended = open.wait_for(|open| *open == 0);
-            if tokio::time::timeout(STUCK, ended).await.is_ok()
-                || self.progress.moved.load(Ordering::Relaxed) == before
-            {
+            let rests = [
+                stdout.rest(handed.map(|[stdout, _]| stdout)),
+                stderr.rest(handed.map(|[_, stderr]| stderr)),
+            ];
+            if rests == [Rest::NONE; 2] {
                 return;
+            }
+            if before != Some(rests) {
+                (before, since) = (Some(rests), Instant::now());
+            }
+            let patience = match rests {
+                [Rest { unread: 0, .. }, Rest { unread: 0, .. }] => OWED,
+                _ => STUCK,
+            };
+            if since.elapsed() >= patience {
+                tracing::debug!(?rests, "output of an ended process is given up");
+                return;
+            }
+            tokio::select! {
+                () = stdout.changed.notified() => {}
+                () = stderr.changed.notified() => {}
+                () = tokio::time::sleep(pause) => pause = (2 * pause).min(longest),
             }
         }
     }
 
-    fn copy_to(&self, sink: Sink, stream: UnixStream) {
-        let progress = self.progress.clone();
-        progress.open.send_modify(|open| *open += 1);
+    fn copy_to(&self, sink: Sink, stream: UnixStream, progress: &Arc<Progress>) {
+        let progress = progress.clone();
+        if let Sink::Fifo(fifo) = &sink {
+            *lock(&progress.fifo) = Arc::downgrade(fifo);
+        }
+        progress.copying.store(true, Ordering::Relaxed);
         let copy = tokio::spawn(async move {
-            copy_out(stream, sink, &progress.moved).await;
-            progress.open.send_modify(|open| *open -= 1);
+            copy_out(stream, sink, &progress).await;
         });
         lock(&self.outputs).push(copy);
     }
 
-    /// Ends all copying. Call [`Streams::finish`] first.
+    /// Ends all copying.
     pub async fn close(&self) {
         for output in lock(&self.outputs).drain(..) {
             output.abort();
@@ -310,7 +406,7 @@ fn open_sink(uri: &str) -> Result<Option<Sink>, Error> {
         .is_fifo()
     {
         let sender = pipe::OpenOptions::new().read_write(true).open_sender(path);
-        return Ok(Some(Sink::Pipe(sender.map_err(failed)?)));
+        return Ok(Some(Sink::Fifo(Arc::new(sender.map_err(failed)?))));
     }
     let file = std::fs::File::options()
         .append(true)
@@ -340,7 +436,23 @@ async fn copy_in(mut from: pipe::Receiver, mut to: UnixStream) {
     }
 }
 
-async fn copy_out(mut from: UnixStream, mut to: Sink, moved: &AtomicU64) {
+async fn copy_out(from: UnixStream, mut to: Sink, progress: &Progress) {
+    copy_to_end(from, &mut to, progress).await;
+    progress.copying.store(false, Ordering::Release);
+    progress.changed.notify_one();
+    if let Sink::Fifo(fifo) = &to {
+        // Bytes in a FIFO that nobody has open are gone, and a client may yet come for them.
+        let [mut pause, _] = LOOK;
+        while sys::unread(&**fifo).is_ok_and(|bytes| bytes > 0) {
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(LOOK_LATER);
+        }
+    }
+    drop(to);
+    progress.changed.notify_one();
+}
+
+async fn copy_to_end(mut from: UnixStream, to: &mut Sink, progress: &Progress) {
     let mut buffer = vec![0; CHUNK];
     loop {
         let length = match from.read(&mut buffer).await {
@@ -351,41 +463,58 @@ async fn copy_out(mut from: UnixStream, mut to: Sink, moved: &AtomicU64) {
                 break;
             }
         };
-        let written = match &mut to {
-            Sink::Pipe(pipe) => write_counted(pipe, &buffer[..length], moved).await,
-            Sink::File(file) => write_counted(file, &buffer[..length], moved).await,
+        progress.read.fetch_add(length as u64, Ordering::Release);
+        let bytes = &buffer[..length];
+        let written = match to {
+            Sink::Fifo(fifo) => write_pipe(fifo, bytes, progress).await,
+            Sink::Pipe(pipe) => write_pipe(pipe, bytes, progress).await,
+            Sink::File(file) => write_file(file, bytes, progress).await,
         };
         if let Err(e) = written {
             tracing::warn!("standard output cannot be written: {e}");
             // The process goes on; its output is dropped, as with a closed log.
-            drain(from, buffer).await;
+            drop_rest(from, buffer, progress).await;
             return;
         }
     }
-    if let Sink::File(file) = &mut to
-        && let Err(e) = file.flush().await
-    {
-        tracing::warn!("standard output cannot be written: {e}");
+}
+
+async fn drop_rest(mut from: UnixStream, mut buffer: Vec<u8>, progress: &Progress) {
+    loop {
+        progress
+            .written
+            .store(progress.read.load(Ordering::Relaxed), Ordering::Relaxed);
+        match from.read(&mut buffer).await {
+            Ok(length) if length > 0 => progress.read.fetch_add(length as u64, Ordering::Release),
+            _ => return,
+        };
     }
 }
 
-async fn drain(mut from: UnixStream, mut buffer: Vec<u8>) {
-    while matches!(from.read(&mut buffer).await, Ok(length) if length > 0) {}
-}
-
-async fn write_counted(
-    to: &mut (impl AsyncWriteExt + Unpin),
-    mut bytes: &[u8],
-    moved: &AtomicU64,
-) -> io::Result<()> {
+async fn write_pipe(pipe: &pipe::Sender, mut bytes: &[u8], progress: &Progress) -> io::Result<()> {
     while !bytes.is_empty() {
-        let written = to.write(bytes).await?;
-        if written == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
+        pipe.writable().await?;
+        match pipe.try_write(bytes) {
+            Ok(written) => {
+                progress.wrote(written);
+                bytes = &bytes[written..];
+            }
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+            Err(e) => return Err(e),
         }
-        moved.fetch_add(written as u64, Ordering::Relaxed);
-        bytes = &bytes[written..];
     }
+    Ok(())
+}
+
+async fn write_file(
+    file: &mut tokio::fs::File,
+    bytes: &[u8],
+    progress: &Progress,
+) -> io::Result<()> {
+    file.write_all(bytes).await?;
+    // Taken is not written: that happens on another thread.
+    file.flush().await?;
+    progress.wrote(bytes.len());
     Ok(())
 }
 

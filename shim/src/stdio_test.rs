@@ -12,13 +12,11 @@ fn fifo(dir: &Path, name: &str) -> String {
 async fn output_survives_a_reader_that_goes_and_another_that_comes() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(dir.path(), "out");
-    let Some(Sink::Pipe(pipe)) = open_sink(&path).unwrap() else {
-        panic!("not a FIFO")
-    };
+    let sink = open_sink(&path).unwrap().unwrap();
     let (mut guest, host) = UnixStream::pair().unwrap();
-    let moved = Arc::new(AtomicU64::new(0));
-    let counter = moved.clone();
-    let copy = tokio::spawn(async move { copy_out(host, Sink::Pipe(pipe), &counter).await });
+    let progress = Arc::new(Progress::default());
+    let counter = progress.clone();
+    let copy = tokio::spawn(async move { copy_out(host, sink, &counter).await });
     let read = |length: usize, path: String| {
         tokio::task::spawn_blocking(move || {
             let mut bytes = vec![0; length];
@@ -37,7 +35,7 @@ async fn output_survives_a_reader_that_goes_and_another_that_comes() {
     writer.await.unwrap();
     copy.await.unwrap();
     assert!(got == data, "nothing is lost between two readers");
-    assert_eq!(moved.load(Ordering::Relaxed), 1_000_000);
+    assert_eq!(progress.written.load(Ordering::Relaxed), 1_000_000);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -89,16 +87,84 @@ async fn a_full_fifo_without_a_reader_does_not_hold_up_the_exit() {
     let dir = tempfile::tempdir().unwrap();
     let path = fifo(dir.path(), "out");
     let (mut guest, host) = UnixStream::pair().unwrap();
-    let streams = Streams::default();
-    let sink = open_sink(&path).unwrap().unwrap();
-    streams.copy_to(sink, host);
+    let streams = copying(&path, host);
     let flood = tokio::spawn(async move { guest.write_all(&[0; 1 << 20]).await });
-    tokio::time::timeout(Duration::from_secs(5), streams.finish())
+    tokio::time::timeout(Duration::from_secs(5), streams.finish(Some([1 << 20, 0])))
         .await
         .unwrap();
-    assert!(streams.progress.moved.load(Ordering::Relaxed) >= 4096);
+    assert!(streams.progress[0].written.load(Ordering::Relaxed) >= 4096);
     streams.close().await;
     flood.abort();
+}
+
+/// Streams whose standard output is the FIFO.
+fn copying(path: &str, host: UnixStream) -> Streams {
+    let streams = Streams::default();
+    let sink = open_sink(path).unwrap().unwrap();
+    streams.copy_to(sink, host, &streams.progress[0]);
+    streams
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_waits_for_a_client_that_reads_slowly() {
+    const BYTES: usize = 200_000;
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(dir.path(), "out");
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let streams = copying(&path, host);
+    let told = Arc::new(AtomicBool::new(false));
+    let end = told.clone();
+    let client = tokio::task::spawn_blocking(move || {
+        let mut file = std::fs::File::open(path).unwrap();
+        let mut block = [0; 20_000];
+        for _ in 0..BYTES / block.len() {
+            std::thread::sleep(Duration::from_millis(10));
+            assert!(!end.load(Ordering::SeqCst), "told before all was read");
+            file.read_exact(&mut block).unwrap();
+        }
+        assert_eq!(file.read(&mut block).unwrap(), 0);
+    });
+    guest.write_all(&vec![1; BYTES]).await.unwrap();
+    drop(guest);
+    streams.finish(Some([BYTES as u64, 0])).await;
+    told.store(true, Ordering::SeqCst);
+    client.await.unwrap();
+}
+
+#[tokio::test]
+async fn the_end_waits_for_bytes_that_the_guest_has_sent_and_the_host_has_not_seen() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    std::fs::write(&path, "").unwrap();
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let streams = copying(path.to_str().unwrap(), host);
+    let late = tokio::spawn(async move {
+        tokio::time::sleep(STUCK + Duration::from_millis(200)).await;
+        guest.write_all(b"late").await.unwrap();
+    });
+    streams.finish(Some([4, 0])).await;
+    late.await.unwrap();
+    streams.close().await;
+    assert_eq!(std::fs::read_to_string(path).unwrap(), "late");
+}
+
+#[tokio::test]
+async fn an_output_that_another_process_holds_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = fifo(dir.path(), "out");
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let streams = copying(&path, host);
+    let client = tokio::task::spawn_blocking(move || {
+        let mut text = [0; 7];
+        let mut file = std::fs::File::open(path).unwrap();
+        file.read_exact(&mut text).unwrap();
+        (file, text)
+    });
+    guest.write_all(b"started").await.unwrap();
+    let ended = streams.finish(Some([7, 0]));
+    tokio::time::timeout(STUCK / 2, ended).await.unwrap();
+    let (_file, text) = client.await.unwrap();
+    assert_eq!(&text, b"started");
 }
 
 #[tokio::test]
@@ -111,7 +177,7 @@ async fn files_are_appended_to_and_other_schemes_refused() {
         let sink = open_sink(&uri).unwrap().unwrap();
         guest.write_all(b"line\n").await.unwrap();
         drop(guest);
-        copy_out(host, sink, &AtomicU64::new(0)).await;
+        copy_out(host, sink, &Progress::default()).await;
     }
     assert_eq!(std::fs::read_to_string(path).unwrap(), "line\nline\n");
     assert!(matches!(
@@ -149,7 +215,7 @@ async fn a_log_program_gets_the_output_and_its_names() {
     let (mut guest, host) = UnixStream::pair().unwrap();
     guest.write_all(b"hello\n").await.unwrap();
     drop((guest, opened.stderr));
-    copy_out(host, opened.stdout.unwrap(), &AtomicU64::new(0)).await;
+    copy_out(host, opened.stdout.unwrap(), &Progress::default()).await;
     opened.logger.unwrap().end().await;
     assert_eq!(std::fs::read_to_string(log).unwrap(), "ns c1 key\nhello\n");
 }

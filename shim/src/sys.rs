@@ -321,6 +321,17 @@ pub fn watch(fd: OwnedFd, interest: Interest) -> Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Error::from)
 }
 
+/// Bytes that wait in a pipe for its reader.
+///
+/// # Errors
+/// It is no pipe.
+pub fn unread(pipe: &impl AsRawFd) -> Result<u64> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, which outlives the call.
+    unsafe { check(libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut bytes).into())? };
+    Ok(bytes.unsigned_abs().into())
+}
+
 /// CLOCK_MONOTONIC in microseconds, the clock of all stages on the host.
 pub fn monotonic_us() -> u64 {
     let mut now = libc::timespec {

@@ -31,7 +31,10 @@ use super::worker::{Waits, Worker};
 use muxer::{Muxer, RECEIVE_KICK, TRANSMIT_KICK};
 
 /// To the guest, from the guest, events (transport reset: only after a snapshot).
-const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+///
+/// Linux fills the first with buffers of 4 KiB (8 KiB of its memory) at boot: so many hold what one
+/// connection may have in flight (VIRTIO_VSOCK_DEFAULT_BUF_SIZE, 256 KiB).
+const QUEUE_SIZES: [u16; 3] = [64, 128, 16];
 
 /// The device.
 pub struct Vsock {
