@@ -12,7 +12,9 @@ use std::time::Duration;
 
 use libcgroups::common::{CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager};
 use oci_spec::runtime::LinuxResources;
-use sepal_protocol::agent::{CpuStats, HugeTlbStats, IoStats, MemoryStats, PidsStats, Stats};
+use sepal_protocol::agent::{
+    CpuStats, GuestInfoResponse, HugeTlbStats, IoStats, MemoryStats, PidsStats, Stats,
+};
 
 use crate::error::{Context, Error, Result};
 
@@ -55,6 +57,30 @@ pub fn none() -> CgroupConfig {
         systemd_cgroup: false,
         container_name: String::new(),
     }
+}
+
+/// What the guest as a whole uses. The root cgroup counts CPU time, pages and I/O (cgroup-v2.rst:
+/// most of its other files exist only below it); how much memory there is and is in use is what the
+/// kernel says of the machine.
+#[must_use]
+pub fn of_guest(root: &Path, guest: &GuestInfoResponse) -> Stats {
+    let whole = Cgroup {
+        name: String::new(),
+        path: root.into(),
+    };
+    let mut stats = whole.stats();
+    let memory = stats.memory.mut_or_insert_default();
+    memory.usage = guest.memory_total.saturating_sub(guest.memory_available);
+    memory.limit = guest.memory_total;
+    let pids = stats.pids.mut_or_insert_default();
+    // pids.current counts below the root only: those of containers, as is wanted.
+    pids.current = fs::read_dir(root)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| number(&entry.path().join("pids.current")))
+        .sum();
+    stats
 }
 
 /// One container's cgroup.
@@ -403,6 +429,20 @@ mod tests {
         assert_eq!(stats.cpu.usage_usec, 0);
         assert!(stats.io.is_empty());
         assert_eq!(cgroup.oom_kills(), 0);
+    }
+
+    #[test]
+    fn the_guest_as_a_whole_is_its_root_and_its_machine() {
+        let (root, _cgroup) = cgroup(&[("pids.current", "3\n")]);
+        fs::write(root.path().join("cpu.stat"), "usage_usec 7\n").unwrap();
+        let guest = GuestInfoResponse {
+            memory_total: 100,
+            memory_available: 70,
+            ..Default::default()
+        };
+        let stats = of_guest(root.path(), &guest);
+        assert_eq!((stats.memory.usage, stats.memory.limit), (30, 100));
+        assert_eq!((stats.cpu.usage_usec, stats.pids.current), (7, 3));
     }
 
     #[test]

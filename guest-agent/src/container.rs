@@ -22,6 +22,7 @@ use crate::events::{Events, OomWatch};
 use crate::guest;
 use crate::launch::{self, Job, Kind, Launched};
 use crate::plan::{self, Facts, Plan};
+use crate::podinit::{PodInit, SharedPid};
 use crate::process::{Asked, Process, send_signal};
 use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams};
@@ -42,15 +43,10 @@ pub struct Surroundings {
     pub streams: Arc<Rendezvous>,
     /// The pod's events.
     pub events: Arc<Events>,
-    /// The PID namespace that containers share, with the container that made it.
+    /// The PID namespace that containers share, once one of them wants it.
     pub shared_pid: tokio::sync::Mutex<Option<SharedPid>>,
-}
-
-/// The pod's shared PID namespace. It lives as long as the process that made it.
-#[derive(Debug)]
-pub struct SharedPid {
-    namespace: OwnedFd,
-    init: Arc<Process>,
+    /// No container lives as long as the pod: the shared PID namespace gets a process of its own.
+    pub holds_pid_namespace: AtomicBool,
 }
 
 /// A container.
@@ -171,7 +167,7 @@ impl Container {
             on_exit_oom.check() && exit.status == 128 + libc::SIGKILL as u32
         });
         if let Some(mut shared) = pinned {
-            *shared = own_pid_namespace(&namespaces).map(|namespace| SharedPid {
+            *shared = own_pid_namespace(&namespaces).map(|namespace| SharedPid::Container {
                 namespace,
                 init: Arc::clone(&init),
             });
@@ -499,16 +495,15 @@ async fn launch_init<'a>(
     let mut join = Vec::new();
     let mut shared = None;
     if plan.shared_pid_namespace {
-        let guard = with.shared_pid.lock().await;
-        let namespace = match guard
-            .as_ref()
-            .filter(|shared| shared.init.ended().is_none())
+        let mut guard = with.shared_pid.lock().await;
+        if with.holds_pid_namespace.load(Ordering::Relaxed)
+            && guard.as_mut().and_then(SharedPid::live).is_none()
         {
+            *guard = Some(SharedPid::Pod(PodInit::start(&with.reaper)?));
+        }
+        let namespace = match guard.as_mut().and_then(SharedPid::live) {
             Some(live) => {
-                let fd = live
-                    .namespace
-                    .try_clone()
-                    .context(|| "cannot join the pod".into())?;
+                let fd = live.try_clone().context(|| "cannot join the pod".into())?;
                 let namespace = join_by_fd(LinuxNamespaceType::Pid, fd.as_raw_fd())?;
                 join.push(fd);
                 namespace

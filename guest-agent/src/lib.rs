@@ -18,6 +18,7 @@ pub mod log;
 pub mod network;
 pub mod payload;
 pub mod plan;
+pub mod podinit;
 pub mod prepare;
 pub mod process;
 pub mod reaper;

@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
@@ -28,7 +30,7 @@ use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams, window};
 use crate::stream::Listener;
-use crate::{clock, guest, network, plan};
+use crate::{cgroup, clock, guest, network, plan};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -56,6 +58,7 @@ pub async fn serve(sockets: Sockets, listening: impl FnOnce()) -> anyhow::Result
             streams: Arc::clone(&streams),
             events: Arc::clone(&events),
             shared_pid: tokio::sync::Mutex::new(None),
+            holds_pid_namespace: AtomicBool::new(false),
         },
         containers: Mutex::default(),
         debug: Mutex::default(),
@@ -155,6 +158,13 @@ impl Service {
         if request.shm_size > 0 {
             make_shm(request.shm_size)?;
         }
+        if !request.etc_files.is_empty() {
+            write_etc(&request.etc_files)?;
+        }
+        let holds = request.holds_pid_namespace;
+        self.with
+            .holds_pid_namespace
+            .store(holds, Ordering::Relaxed);
         tracing::info!(pod = request.pod_id, "the pod is set up");
         Ok(())
     }
@@ -235,7 +245,7 @@ impl Service {
             kind: Kind::Guest,
             directory: "/".into(),
             start_socket: "/".into(),
-            cgroup: crate::cgroup::none(),
+            cgroup: cgroup::none(),
             ends,
             join: Vec::new(),
             keep: Vec::new(),
@@ -294,6 +304,21 @@ fn set_sysctl(name: &str, value: &str) -> Result<()> {
         .collect();
     fs::write(Path::new("/proc/sys").join(path), value)
         .context(|| format!("cannot set the sysctl {name} to {value:?}"))
+}
+
+/// Writes the pod's files for its containers' /etc.
+fn write_etc(files: &HashMap<String, String>) -> Result<()> {
+    fs::create_dir_all(paths::ETC).context(|| format!("cannot make {}", paths::ETC))?;
+    for (name, text) in files {
+        check_id(name)?;
+        let path = Path::new(paths::ETC).join(name);
+        fs::write(&path, text).context(|| format!("cannot write the pod's /etc/{name}"))?;
+        // Users of the containers read it, whatever the agent's mask is.
+        let mode = fs::Permissions::from_mode(0o644);
+        fs::set_permissions(&path, mode)
+            .context(|| format!("cannot write the pod's /etc/{name}"))?;
+    }
+    Ok(())
 }
 
 /// Mounts the /dev/shm that the pod's containers share, or gives it another size.
@@ -419,7 +444,10 @@ impl Agent for Service {
     }
 
     async fn container_stats(&self, _: &TtrpcContext, request: ContainerId) -> Answer<Stats> {
-        let mut stats = self.container(&request.container_id)?.cgroup().stats();
+        let mut stats = match request.container_id.as_str() {
+            "" => cgroup::of_guest(Path::new(cgroup::ROOT), &guest::info()),
+            id => self.container(id)?.cgroup().stats(),
+        };
         stats.network = guest::interface_stats();
         Ok(stats)
     }

@@ -25,13 +25,35 @@ use crate::devices::Instruction;
 /// Whatever fork(2) fails with, and `EDEADLK` when the caller has more than one thread: a lock that
 /// another thread holds would stay locked in the child forever.
 pub fn fork(keep: &[RawFd], child: impl FnOnce() -> i32) -> io::Result<i32> {
+    // SAFETY: `run_child` has checked that the process has a single thread, so that the child finds
+    // every lock and the allocator in a consistent state; it never returns into the caller's frames.
+    run_child(keep, || unsafe { libc::fork() }, child)
+}
+
+/// As [`fork`], and the child is the first process of a PID namespace of its own.
+///
+/// # Errors
+/// As [`fork`], and those of clone(2).
+pub fn fork_pid_namespace(keep: &[RawFd], child: impl FnOnce() -> i32) -> io::Result<i32> {
+    let flags = libc::c_long::from(libc::CLONE_NEWPID | libc::SIGCHLD);
+    let clone = || {
+        // SAFETY: without CLONE_VM and a stack of its own this is fork(2), and what is said there
+        // holds; what the C library does around its own fork is about locks of other threads.
+        let pid = unsafe { libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) };
+        i32::try_from(pid).unwrap_or(-1)
+    };
+    run_child(keep, clone, child)
+}
+
+fn run_child(
+    keep: &[RawFd],
+    fork: impl FnOnce() -> i32,
+    child: impl FnOnce() -> i32,
+) -> io::Result<i32> {
     if std::fs::read_dir("/proc/self/task")?.count() != 1 {
         return Err(Errno::EDEADLK.into());
     }
-    // SAFETY: the process has a single thread (checked above), so that the child finds every lock
-    // and the allocator in a consistent state; the child never returns into the caller's frames.
-    let pid = unsafe { libc::fork() };
-    match pid {
+    match fork() {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             let mask = nix::sys::signal::sigprocmask(
@@ -75,6 +97,25 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
         Ok(())
     } else {
         Err(io::Error::last_os_error())
+    }
+}
+
+/// Gives up all capabilities of the calling thread.
+///
+/// # Errors
+/// Those of capset(2).
+pub fn drop_capabilities() -> io::Result<()> {
+    /// `_LINUX_CAPABILITY_VERSION_3`: two words for each of the three sets.
+    const VERSION_3: u32 = 0x2008_0522;
+    let header = [VERSION_3, 0];
+    let sets = [0_u32; 6];
+    // SAFETY: header and sets have the layout that version 3 of capset(2) reads, and outlive the
+    // call; pid 0 is the calling thread.
+    let done = unsafe { libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()) };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
     }
 }
 

@@ -5,7 +5,9 @@ mod bed;
 use std::time::{Duration, Instant};
 
 use bed::{Bed, capabilities, process, process_id, read_all, refusal, spec, timeout};
-use sepal_protocol::agent::{ContainerId, ResizeTerminalRequest, SignalProcessRequest};
+use sepal_protocol::agent::{
+    ContainerId, ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest,
+};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -405,6 +407,45 @@ async fn the_pods_containers_share_a_pid_namespace_without_the_agent() {
     bed.start("third", "").await.unwrap();
     assert_eq!(bed.wait("third", "").await.status, 0);
     bed.delete("third", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pid_namespace_that_the_pod_holds_outlives_its_containers() {
+    let bed = Bed::new().await;
+    let set_up = SetUpPodRequest {
+        holds_pid_namespace: true,
+        etc_files: [("hosts".to_owned(), "10.1.2.3 db\n".to_owned())].into(),
+        ..Default::default()
+    };
+    bed.agent.set_up_pod(timeout(), &set_up).await.unwrap();
+    let mut namespaces = Vec::new();
+    for id in ["first", "second"] {
+        bed.rootfs(id);
+        let streams = bed.streams(false).await;
+        let mut sleeping = spec(&["sh", "-c", "(sleep 0.1 &); exec sleep 1000"]);
+        sleeping["mounts"].as_array_mut().unwrap().push(json!({
+            "destination": "/etc/hosts", "type": "bind", "source": "/run/sepal/etc/hosts",
+            "options": ["rbind", "rprivate", "ro"]
+        }));
+        bed.create(id, &sleeping, &streams, &["pid", "ipc"])
+            .await
+            .unwrap();
+        bed.start(id, "").await.unwrap();
+        let look = process(&[
+            "sh",
+            "-c",
+            "sleep 0.3; cat /etc/hosts /proc/1/comm; ls /proc/1/root/ 2>&1; \
+             grep -c '^State:.*Z' /proc/[0-9]*/status | grep -c ':1'; readlink /proc/self/ns/pid",
+        ]);
+        let (_, out, _) = bed.exec_output(id, "look", &look).await;
+        let lines: Vec<&str> = out.lines().collect();
+        assert_eq!(lines[..2], ["10.1.2.3 db", "sepal-pod"], "{out}");
+        assert!(lines[2].ends_with("Permission denied"), "{out}");
+        assert_eq!(lines[3], "0", "orphans are collected: {out}");
+        namespaces.push(lines[4].to_owned());
+        end(&bed, id).await;
+    }
+    assert_eq!(namespaces[0], namespaces[1]);
 }
 
 #[tokio::test]

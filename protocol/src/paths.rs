@@ -17,6 +17,8 @@ pub mod pod {
     pub const CONSOLE: &str = "console.log";
     /// vhost-user socket of the pod's file server.
     pub const FS: &str = "fs.sock";
+    /// An empty directory: the root of the VMM in a pod that has no container of its own.
+    pub const VOID: &str = "void";
     /// JSON: what clean-up needs after a crash.
     pub const STATE: &str = "state.json";
 }
@@ -33,6 +35,10 @@ pub mod guest {
     pub const NAMESPACES: &str = "/run/sepal/ns";
     /// Writable place for the pod's /dev/shm.
     pub const SHM: &str = "/run/sepal/shm";
+    /// The pod's own files for its containers' /etc, where no client makes them.
+    pub const ETC: &str = "/run/sepal/etc";
+    /// An empty directory: the root of a process that needs none.
+    pub const VOID: &str = "/run/sepal/void";
     /// Present only in the debug image, where `sepal exec` is allowed.
     pub const DEBUG_MARK: &str = "/etc/sepal-debug";
 }
