@@ -1,12 +1,13 @@
-//! Generates the agent's messages and async ttrpc service from `proto/agent.proto`.
+//! Generates the agent's messages and async ttrpc service from `proto/agent.proto`, and the messages
+//! of `proto/cri.proto`.
 use ttrpc_codegen::{Codegen, Customize, ProtobufCustomize};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("cargo:rerun-if-changed=proto/agent.proto");
+    println!("cargo:rerun-if-changed=proto");
     let out = std::env::var("OUT_DIR")?;
     Codegen::new()
         .out_dir(&out)
-        .input("proto/agent.proto")
+        .inputs(["proto/agent.proto", "proto/cri.proto"])
         .include("proto")
         .rust_protobuf()
         .customize(Customize {

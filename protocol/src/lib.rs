@@ -1,6 +1,7 @@
 //! What the parts of Sepal say to each other.
 //!
 //! * [`agent`]: the shim's calls to the guest agent (`proto/agent.proto`), over ttrpc on vsock.
+//! * [`cri`]: what is read of Kubernetes' description of a pod (`proto/cri.proto`).
 //! * [`vm`]: the specification of a VM, from the shim to the VMM.
 //! * [`control`]: the messages on the VMM's control socket.
 //! * [`config`]: the configuration file of the shim and of `sepal`.
@@ -29,3 +30,5 @@ mod generated {
 pub use generated::agent;
 /// Client and service trait of `proto/agent.proto`.
 pub use generated::agent_ttrpc;
+/// Messages of `proto/cri.proto`.
+pub use generated::cri;
