@@ -90,13 +90,11 @@ fn live() -> i32 {
         tracing::warn!(%error, "the pod's first process keeps what it does not need");
     }
     loop {
-        match waitpid(None, None) {
-            Err(Errno::ECHILD) => {
-                // Nothing to collect: sleeps until there may be.
-                let _ = children.wait();
-            }
-            // Collected; of a death by a real-time signal nix tells as an error.
-            _ => {}
+        // Whatever else it says, something was collected; of a death by a real-time signal nix tells
+        // as an error.
+        if waitpid(None, None) == Err(Errno::ECHILD) {
+            // Nothing to collect: sleeps until there may be.
+            let _ = children.wait();
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use containerd_shim_protos::api::Mount;
 use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
 use containerd_shim_protos::protobuf::MessageField;
-use oci_spec::runtime::Hooks;
+use oci_spec::runtime::{Hooks, Spec};
 use sepal_protocol::agent::{CreateContainerRequest, RootFs, Stdio};
 use sepal_protocol::paths;
 
@@ -14,11 +14,12 @@ use crate::annotations::Role;
 use crate::container::{Container, Process, lock};
 use crate::error::{Error, Result};
 use crate::hooks;
-use crate::pod::{self, Pod, Up};
+use crate::pod::{self, Pod};
 use crate::rootfs::RootMount;
 use crate::service::run_poststop;
 use crate::spec::{self, Plan};
 use crate::stdio::{Streams, Wanted};
+use crate::up::Up;
 
 /// What a Create call asks for.
 pub struct Creation {
@@ -43,15 +44,21 @@ impl Pod {
         if lock(&self.containers).contains_key(&asked.id) {
             return Err(Error::ContainerExists { id: asked.id });
         }
+        if self.is_removing() {
+            return Err(Error::Removing);
+        }
         let mut spec = spec::load(&asked.bundle)?;
-        let role = Role::of(&spec.annotations().clone().unwrap_or_default());
+        let role = self.role_of(&asked.id, &spec);
         let first = asked.id == self.identity.id;
         let host_hooks = spec::take_host_hooks(&mut spec);
-        let hook_state = self.hook_state(&spec, &asked.id, &asked.bundle, None);
+        let hook_state = hooks::State::creating(&spec, &asked.id, &asked.bundle, None);
         asked.wanted.size = spec::console_size(spec.process().as_ref());
         let plan = Plan::new(spec, &asked.id, &role, &asked.bundle);
         let created = match plan {
-            Ok(plan) => {
+            Ok(mut plan) => {
+                if self.spec.bare {
+                    plan.complete(self.spec.files.keys().map(String::as_str));
+                }
                 self.try_create(&asked, plan, first, &host_hooks, &hook_state)
                     .await
             }
@@ -67,6 +74,17 @@ impl Pod {
             run_poststop(&host_hooks, &hook_state).await;
         }
         created
+    }
+
+    /// The place in the pod of a container with this spec.
+    fn role_of(&self, id: &str, spec: &Spec) -> Role {
+        match Role::of(&spec.annotations().clone().unwrap_or_default()) {
+            // Whoever puts it into a sandbox need not be Kubernetes.
+            Role::Alone if self.spec.bare && id != self.identity.id => Role::Member {
+                sandbox: self.identity.id.clone(),
+            },
+            role => role,
+        }
     }
 
     async fn try_create(

@@ -15,6 +15,12 @@ pub enum Error {
     NoContainer { id: String },
     #[error("process {exec} of container {container} does not exist")]
     NoExec { container: String, exec: String },
+    #[error("sandbox {id} is not this shim's")]
+    NoSandbox { id: String },
+    #[error("sandbox {id} exists already")]
+    SandboxExists { id: String },
+    #[error("the sandbox has not been created")]
+    NotCreated,
     #[error("container {id} exists already")]
     ContainerExists { id: String },
     #[error("process {exec} exists already in container {container}")]

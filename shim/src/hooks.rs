@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Spec};
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
@@ -58,6 +58,20 @@ pub struct State {
     /// The spec's annotations.
     #[serde(skip_serializing_if = "Annotations::is_empty")]
     pub annotations: Annotations,
+}
+
+impl State {
+    /// That of a container which is being made.
+    pub fn creating(spec: &Spec, id: &str, bundle: &Path, pid: Option<u32>) -> Self {
+        Self {
+            oci_version: spec.version().clone(),
+            id: id.into(),
+            status: "creating",
+            pid,
+            bundle: bundle.into(),
+            annotations: spec.annotations().clone().unwrap_or_default(),
+        }
+    }
 }
 
 /// Runs hooks one after the other; the first that fails ends it.

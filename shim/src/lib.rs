@@ -1,8 +1,8 @@
 //! The shim: containerd's runtime v2 service for pods that are virtual machines.
 //!
-//! Read in this order: [`task`] (RPC in, event out), [`creation`] and [`service`] (what is done for
-//! a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`spec`],
-//! [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`], [`forward`], [`cgroup`],
+//! Read in this order: [`task`] and [`sandbox`] (RPC in, event out), [`creation`] and [`service`] (what is done for
+//! a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`podspec`],
+//! [`spec`], [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`], [`forward`], [`cgroup`],
 //! [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes what they do, also after a crash.
 
 pub mod agent;
@@ -19,7 +19,10 @@ pub mod log;
 pub mod logger;
 pub mod network;
 pub mod pod;
+pub mod podspec;
 pub mod rootfs;
+pub mod sandbox;
+pub mod seat;
 pub mod serve;
 pub mod service;
 pub mod size;
@@ -30,6 +33,7 @@ pub mod stdio;
 pub mod sys;
 pub mod task;
 pub mod timeline;
+pub mod up;
 pub mod vm;
 
 /// How containerd names the runtime.

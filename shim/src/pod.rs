@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use oci_spec::runtime::{Hooks, Process, Spec};
+use oci_spec::runtime::Hooks;
 use sepal_protocol::agent::{self as messages, SetUpPodRequest};
 use sepal_protocol::config::Config;
 use sepal_protocol::paths::pod;
@@ -21,27 +21,23 @@ use tokio::net::UnixListener;
 use tokio::sync::watch;
 
 use crate::agent::{self, Agent};
-use crate::annotations::Role;
 use crate::cgroup::Cgroup;
 use crate::cleanup;
-use crate::container::{Container, lock};
+use crate::container::{Container, Exit, KILLED, lock};
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::forward::Forward;
 use crate::hooks;
 use crate::network;
+use crate::podspec::PodSpec;
 use crate::rootfs::Share;
-use crate::size::Size;
 use crate::spec;
 use crate::sys::Netns;
 use crate::timeline::Timeline;
+use crate::up::{self, Up};
 use crate::vm::Vm;
 
 /// Longest wait for the guest to power off before it is killed.
 const POWER_OFF: Duration = Duration::from_secs(5);
-
-/// How often the guest is told the time. Crystals differ by some 20 ppm: 1 ms in 50 s.
-const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
 
 /// Who the pod is.
 #[derive(Debug, Clone)]
@@ -52,88 +48,6 @@ pub struct Identity {
     pub id: String,
     /// containerd's directory for it.
     pub bundle: PathBuf,
-}
-
-/// What is there once the guest serves.
-pub struct Up {
-    /// The processes.
-    pub vm: Arc<Vm>,
-    /// The guest's agent.
-    pub agent: Agent,
-    /// The pod's network namespace on the host.
-    netns: OwnedFd,
-    /// Whether anything has been found in it.
-    connected: tokio::sync::Mutex<bool>,
-    role: Role,
-}
-
-impl Up {
-    /// Looks once more for a network that was not there when the VM booted: some clients (`ctr run
-    /// --cni`) bring it between the creation of a task and its start.
-    ///
-    /// # Errors
-    /// As of [`network::set_up`]; or the VM does not take an interface.
-    pub async fn connect_network(&self) -> Result<()> {
-        let mut connected = self.connected.lock().await;
-        if *connected {
-            return Ok(());
-        }
-        let (nics, network) = scan_network(&self.netns).await?;
-        if nics.is_empty() {
-            return Ok(());
-        }
-        *connected = true;
-        for (number, nic) in nics.into_iter().enumerate() {
-            self.vm.add_net(number, nic).await?;
-        }
-        self.agent.update_network(&network).await?;
-        Ok(())
-    }
-
-    /// Lets clients on the host reach what listens on the guest's loopback, in pods of an
-    /// orchestrator: theirs is who dials it.
-    fn open_loopback(&self) -> Option<Forward> {
-        if self.role != Role::Sandbox {
-            return None;
-        }
-        let forward = Forward::start(self.netns.as_fd(), self.agent.clone());
-        forward
-            .inspect_err(|e| {
-                tracing::warn!("port-forward will not reach the pod (Linux 5.9 or later?): {e}");
-            })
-            .ok()
-    }
-
-    /// Has the guest let go of files when the file server's descriptors run out.
-    async fn mind_files(&self) -> std::convert::Infallible {
-        loop {
-            if let Err(e) = self.vm.files_run_out().await {
-                tracing::warn!("the file server's event cannot be waited for: {e}");
-                return std::future::pending().await;
-            }
-            let asked = self.agent.forget_files(&messages::Empty::default()).await;
-            if let Err(e) = asked {
-                tracing::warn!("the guest does not let go of files: {e}");
-            }
-            // Its kernel needs a while for many; and nobody may keep us busy with this.
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-    }
-
-    /// Tells the guest the time now and then: its clock and the host's are different crystals to it,
-    /// unless KVM offers a paravirtual one, and the VM may have been paused.
-    async fn tell_time(&self) -> std::convert::Infallible {
-        let mut rounds = tokio::time::interval(CLOCK_INTERVAL);
-        rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // The first is at once, and the pod has just been told.
-        rounds.tick().await;
-        loop {
-            rounds.tick().await;
-            if let Err(e) = self.agent.set_clock(&clock()).await {
-                tracing::debug!("the guest was not told the time: {e}");
-            }
-        }
-    }
 }
 
 type Outcome = std::result::Result<Arc<Up>, Arc<Error>>;
@@ -156,6 +70,14 @@ pub struct Pod {
     pub containers: Mutex<BTreeMap<String, Arc<Container>>>,
     /// What the node's administrator wants.
     pub config: Config,
+    /// What the pod shall be.
+    pub spec: PodSpec,
+    /// When it was begun.
+    pub created_at: SystemTime,
+    /// How the VM has ended, once it has.
+    ended: watch::Sender<Option<Exit>>,
+    /// The guest did not end by itself.
+    killed: AtomicBool,
     cgroup: OnceLock<Cgroup>,
     vm: OnceLock<Arc<Vm>>,
     /// The agent as soon as it answers, while the guest is still being set up.
@@ -175,6 +97,7 @@ impl Pod {
         identity: Identity,
         state_root: &Path,
         config: Config,
+        spec: PodSpec,
         events: Events,
         timeline: Timeline,
     ) -> Result<Arc<Self>> {
@@ -191,15 +114,14 @@ impl Pod {
             .mode(0o711)
             .create(&directory)
             .map_err(Error::io("make the pod's directory", &directory))?;
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
+        let created_at = SystemTime::now();
+        let since_epoch = created_at.duration_since(UNIX_EPOCH).unwrap_or_default();
         let me = std::process::id();
         let record = PodState {
             namespace: identity.namespace.clone(),
             id: identity.id.clone(),
             bundle: identity.bundle.clone(),
-            created_at: now.as_secs(),
+            created_at: since_epoch.as_secs(),
             shim: ProcessRef::of(me).unwrap_or(ProcessRef {
                 pid: me,
                 start_time: 0,
@@ -231,6 +153,10 @@ impl Pod {
             timeline,
             containers: Mutex::default(),
             config,
+            spec,
+            created_at,
+            ended: watch::Sender::new(None),
+            killed: AtomicBool::new(false),
             cgroup: OnceLock::new(),
             vm: OnceLock::new(),
             agent: watch::Sender::new(None),
@@ -247,6 +173,9 @@ impl Pod {
     pub fn record(&self, change: impl FnOnce(&mut PodState)) {
         let mut record = lock(&self.record);
         change(&mut record);
+        if self.is_removing() {
+            return;
+        }
         if let Err(e) = record.save(&self.directory) {
             tracing::warn!("cannot write the pod's state: {e}");
         }
@@ -273,33 +202,28 @@ impl Pod {
                 never = up.tell_time() => match never {},
                 never = up.mind_files() => match never {},
             };
-            if !self.removing.load(Ordering::Relaxed) {
+            if !self.is_removing() {
                 tracing::error!("the virtual machine has ended: {reason}");
             }
+            // Lets go of what belongs to the VM, the network namespace above all: its owner may
+            // remove it from now on.
+            let reason = reason.to_string();
+            let gone = Err(Arc::new(Error::VmGone { reason }));
+            self.up.send_replace(Some(gone));
         }
+        let asked_to = self.is_removing() && !self.killed.load(Ordering::Relaxed);
+        let status = if asked_to { 0 } else { KILLED };
+        self.ended.send_replace(Some(Exit::now(status)));
     }
 
     async fn try_raise(&self) -> Result<Arc<Up>> {
-        let config = &self.config;
-        let bundle = &self.identity.bundle;
-        let spec = spec::load(bundle)?;
-        let annotations = spec.annotations().clone().unwrap_or_default();
-        let role = Role::of(&annotations);
-        let resources = spec.linux().as_ref().and_then(|l| l.resources().as_ref());
-        let size = Size::plan(&annotations, resources, config, host_cpus())?;
-        let wanted_network = spec::network(&spec)?;
-        let cgroup = Cgroup::plan(
-            spec.linux()
-                .as_ref()
-                .and_then(|l| l.cgroups_path().as_deref()),
-            &self.name,
-        )?;
+        let (config, spec) = (&self.config, &self.spec);
         self.record(|record| {
-            record.cgroups.clone_from(&cgroup.directories);
-            record.vcpus = size.cpus.boot;
-            record.memory = size.memory;
+            record.cgroups.clone_from(&spec.cgroup.directories);
+            record.vcpus = spec.size.cpus.boot;
+            record.memory = spec.size.memory;
         });
-        let joined = match &wanted_network {
+        let joined = match &spec.network {
             spec::Network::New => None,
             spec::Network::Join(path) => Some(open_netns(path)?),
         };
@@ -313,16 +237,12 @@ impl Pod {
             record.vmm = ProcessRef::of(vm.vmm_pid);
             record.fs = ProcessRef::of(vm.fs_pid);
         });
+        let cgroup = spec.cgroup.clone();
         let _ = self.cgroup.set(cgroup.clone());
-        let oom_score = spec
-            .process()
-            .as_ref()
-            .and_then(Process::oom_score_adj)
-            .unwrap_or(0);
-        set_oom_score(&[vm.vmm_pid, vm.fs_pid], oom_score);
+        set_oom_score(&[vm.vmm_pid, vm.fs_pid], spec.oom_score);
         let pids = [std::process::id(), vm.vmm_pid, vm.fs_pid];
         let held = tokio::task::spawn_blocking(move || cgroup.hold(&pids));
-        let booted = self.boot(vm.clone(), spec, &size, role, joined).await;
+        let booted = self.boot(vm, joined).await;
         // In any case before the cgroup might be removed again.
         held.await
             .map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
@@ -330,30 +250,24 @@ impl Pod {
     }
 
     /// From the processes to a guest that serves.
-    async fn boot(
-        &self,
-        vm: Arc<Vm>,
-        mut spec: Spec,
-        size: &Size,
-        role: Role,
-        joined: Option<OwnedFd>,
-    ) -> Result<Up> {
-        let config = &self.config;
+    async fn boot(&self, vm: Arc<Vm>, joined: Option<OwnedFd>) -> Result<Up> {
+        let (config, spec) = (&self.config, &self.spec);
         let ready = UnixListener::bind(agent::host_socket(&self.directory, ports::READY))
             .map_err(Error::io("listen in", &self.directory))?;
-        let host_hooks = spec::take_host_hooks(&mut spec);
-        let bundle = &self.identity.bundle;
-        let state = self.hook_state(&spec, &self.identity.id, bundle, Some(vm.vmm_pid));
-        run_creation_hooks(&host_hooks, &state).await?;
+        let state = hooks::State {
+            pid: Some(vm.vmm_pid),
+            ..spec.hook_state.clone()
+        };
+        run_creation_hooks(&spec.hooks, &state).await?;
         let netns = match joined {
             Some(fd) => fd,
             None => open_netns(Path::new(&format!("/proc/{}/ns/net", vm.vmm_pid)))?,
         };
-        let (nics, network) = scan_network(&netns).await?;
+        let (nics, network) = up::scan_network(&netns).await?;
         let connected = tokio::sync::Mutex::new(!nics.is_empty());
         self.timeline.note("network");
 
-        let booted = vm.boot(config, &self.name, size, nics).await?;
+        let booted = vm.boot(config, &self.name, &spec.size, nics).await?;
         self.timeline.note("boot-answered");
         for (stage, us) in booted.stages {
             self.timeline.note_at(&format!("vmm:{stage}"), us);
@@ -367,15 +281,21 @@ impl Pod {
         self.note_guest(&announced);
         let agent = Agent::connect(&self.directory.join(pod::VSOCK), limit).await?;
         self.agent.send_replace(Some(agent.clone()));
-        let request = set_up_request(&self.identity.id, &spec, &role, network);
+        let request = set_up_request(&self.identity.id, spec, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
+        if spec.bare {
+            // There will be no container's files in the place of the host's.
+            let root = self.directory.join(pod::VOID);
+            std::fs::create_dir(&root).map_err(Error::io("make", &root))?;
+            vm.enter_root(&root).await?;
+        }
         Ok(Up {
             vm,
             agent,
             netns,
             connected,
-            role,
+            role: spec.role.clone(),
         })
     }
 
@@ -388,24 +308,6 @@ impl Pod {
                 .collect();
             self.timeline
                 .note_at(&format!("guest:{name}"), stage.boottime_us);
-        }
-    }
-
-    /// What hooks of one of the pod's containers get.
-    pub fn hook_state(
-        &self,
-        spec: &Spec,
-        id: &str,
-        bundle: &Path,
-        pid: Option<u32>,
-    ) -> hooks::State {
-        hooks::State {
-            oci_version: spec.version().clone(),
-            id: id.into(),
-            status: "creating",
-            pid,
-            bundle: bundle.into(),
-            annotations: spec.annotations().clone().unwrap_or_default(),
         }
     }
 
@@ -426,7 +328,12 @@ impl Pod {
                 }),
                 None => Ok(up),
             },
-            Some(Err(error)) => Err(Error::Pod(error)),
+            Some(Err(error)) => match &*error {
+                Error::VmGone { reason } => Err(Error::VmGone {
+                    reason: reason.clone(),
+                }),
+                _ => Err(Error::Pod(error)),
+            },
             None => Err(Error::Removing),
         }
     }
@@ -448,19 +355,101 @@ impl Pod {
         }
     }
 
+    /// Whether the guest serves now.
+    pub fn is_up(&self) -> bool {
+        let up = self.up.borrow();
+        !self.is_removing() && matches!(&*up, Some(Ok(up)) if up.vm.gone().is_none())
+    }
+
+    /// What clean-up would find.
+    pub fn state(&self) -> PodState {
+        lock(&self.record).clone()
+    }
+
     /// The pid that stands for all processes of the pod: the VMM's, once it is there.
     pub fn pid(&self) -> u32 {
         self.vm.get().map_or(0, |vm| vm.vmm_pid)
     }
 
+    /// Whether the pod is going, or gone.
+    pub fn is_removing(&self) -> bool {
+        self.removing.load(Ordering::Relaxed)
+    }
+
+    /// How the VM has ended, if it has.
+    pub fn exit(&self) -> Option<Exit> {
+        *self.ended.borrow()
+    }
+
+    /// Waits until the VM has ended.
+    pub async fn ended(&self) -> Exit {
+        let mut ended = self.ended.subscribe();
+        let exit = ended.wait_for(Option::is_some).await.map(|exit| *exit);
+        // The sender lives in self.
+        exit.ok().flatten().unwrap_or_else(|| Exit::now(KILLED))
+    }
+
     /// Ends the VM and removes all that the pod has made. Again is no error.
     pub async fn remove(&self) {
+        // A VM on its way up is not interrupted half-way: it would be forgotten.
+        self.remove_within(None).await;
+    }
+
+    /// As [`Pod::remove`], and a guest that is not ready to end, or has not ended, after the limit is
+    /// killed.
+    pub async fn remove_within(&self, limit: Option<Duration>) {
+        // Whoever comes second waits, and finds nothing to do.
         let mut removed = self.removed.lock().await;
         if *removed {
             return;
         }
         self.removing.store(true, Ordering::Relaxed);
-        // A VM on its way up is not interrupted half-way: it would be forgotten.
+        match limit {
+            None => self.power_off().await,
+            Some(limit) => {
+                if tokio::time::timeout(limit, self.power_off()).await.is_err() {
+                    tracing::warn!("the guest has not ended within {} s", limit.as_secs());
+                    self.killed.store(true, Ordering::Relaxed);
+                    self.kill_vm().await;
+                }
+            }
+        }
+        self.timeline.note("vm-ended");
+        self.sweep().await;
+        *removed = true;
+    }
+
+    /// Removes what the pod has made, once its VM is gone.
+    pub async fn sweep(&self) {
+        let (directory, cgroup) = (self.directory.clone(), self.cgroup.get().cloned());
+        let work = move || {
+            Share::of(&directory).remove_all();
+            cgroup.unwrap_or_default().remove();
+            cleanup::remove_directory(&directory);
+        };
+        if let Err(e) = tokio::task::spawn_blocking(work).await {
+            tracing::error!("clean-up has panicked: {e}");
+        }
+    }
+
+    /// Ends the VM at once, also one that is on its way up.
+    async fn kill_vm(&self) {
+        const AGAIN: Duration = Duration::from_millis(50);
+        let mut up = self.up.subscribe();
+        loop {
+            if let Some(vm) = self.vm.get() {
+                vm.kill().await;
+            }
+            // What raises the VM sees that it is gone, unless it had not spawned it yet.
+            let raised = tokio::time::timeout(AGAIN, up.wait_for(Option::is_some)).await;
+            if raised.is_ok() && self.vm.get().is_none_or(|vm| vm.gone().is_some()) {
+                return;
+            }
+        }
+    }
+
+    /// Has the guest end once it is up, and sees to it that it does.
+    async fn power_off(&self) {
         let up = self
             .up
             .subscribe()
@@ -479,20 +468,10 @@ impl Pod {
                 && up.vm.ended_within(POWER_OFF).await.is_none()
             {
                 tracing::warn!("the guest does not power off and is killed: {e}");
+                self.killed.store(true, Ordering::Relaxed);
             }
             up.vm.kill().await;
         }
-        self.timeline.note("vm-ended");
-        let (directory, cgroup) = (self.directory.clone(), self.cgroup.get().cloned());
-        let work = move || {
-            Share::of(&directory).remove_all();
-            cgroup.unwrap_or_default().remove();
-            cleanup::remove_directory(&directory);
-        };
-        if let Err(e) = tokio::task::spawn_blocking(work).await {
-            tracing::error!("clean-up has panicked: {e}");
-        }
-        *removed = true;
     }
 
     /// Once the first process of the pod runs: tells where the time went.
@@ -521,18 +500,6 @@ pub async fn run_creation_hooks(hooks: &Hooks, state: &hooks::State) -> Result<(
     Ok(())
 }
 
-/// [`network::set_up`] on a thread that may block.
-async fn scan_network(netns: &OwnedFd) -> Result<(Vec<network::Nic>, messages::Network)> {
-    let failed = |source| network::Error::Io {
-        what: "look at its namespace",
-        source,
-    };
-    let netns = netns.try_clone().map_err(failed)?;
-    let work = move || network::set_up(netns.as_fd());
-    let done = tokio::task::spawn_blocking(work).await;
-    Ok(done.map_err(|e| failed(e.into()))??)
-}
-
 fn open_netns(path: &Path) -> Result<OwnedFd> {
     let file = std::fs::File::open(path).map_err(|source| network::Error::Namespace {
         path: path.into(),
@@ -551,44 +518,16 @@ fn set_oom_score(pids: &[u32], score: i32) {
     }
 }
 
-fn host_cpus() -> u8 {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    u8::try_from(cpus).unwrap_or(u8::MAX)
-}
-
-/// The host's time.
-fn clock() -> messages::Clock {
-    let now = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    messages::Clock {
-        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
-        ..Default::default()
-    }
-}
-
-fn set_up_request(
-    pod_id: &str,
-    spec: &Spec,
-    role: &Role,
-    network: messages::Network,
-) -> SetUpPodRequest {
-    let sysctls = spec
-        .linux()
-        .as_ref()
-        .and_then(|l| l.sysctl().clone())
-        .unwrap_or_default();
+fn set_up_request(pod_id: &str, spec: &PodSpec, network: messages::Network) -> SetUpPodRequest {
     SetUpPodRequest {
         pod_id: pod_id.into(),
-        hostname: spec.hostname().clone().unwrap_or_default(),
+        hostname: spec.hostname.clone(),
         network: network::field(&network),
-        clock: protobuf::MessageField::some(clock()),
-        // The network namespace is the VM's own; other parameters belong to the container's.
-        sysctls: sysctls
-            .into_iter()
-            .filter(|(name, _)| name.starts_with("net."))
-            .collect(),
-        shm_size: spec::shm_size(spec, role),
+        clock: protobuf::MessageField::some(up::clock()),
+        sysctls: spec.sysctls.clone(),
+        shm_size: spec.shm_size,
+        holds_pid_namespace: spec.bare,
+        etc_files: spec.files.clone(),
         ..Default::default()
     }
 }

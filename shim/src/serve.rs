@@ -1,5 +1,6 @@
 //! The server: one process per pod, from `start` to containerd's Shutdown.
 
+use std::collections::HashMap;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -7,18 +8,23 @@ use std::time::Duration;
 
 use anyhow::Context;
 use containerd_shim::Flags;
+use containerd_shim_protos::sandbox_async::create_sandbox;
 use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use sepal_protocol::config::{Config, LogLevel};
+use sepal_protocol::state::PodState;
 use tokio::sync::Notify;
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::pod::{Identity, Pod};
+use crate::podspec::PodSpec;
+use crate::sandbox::{Beginning, SandboxService};
+use crate::seat::Seat;
 use crate::task::TaskService;
 use crate::timeline::Timeline;
-use crate::{log, start, sys};
+use crate::{log, spec, start, sys};
 
 /// containerd's socket for events.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
@@ -57,19 +63,31 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
         id: flags.id.clone(),
         bundle,
     };
-    let pod = match config {
-        Ok(config) => Pod::begin(identity, state_root, config, events.clone(), timeline).await,
-        Err(e) => Err(Error::Config(e)),
+    let is_sandbox = spec::is_sandbox(&identity.bundle);
+    let beginning = config.map_err(Error::Config).map(|config| Beginning {
+        identity,
+        state_root: state_root.into(),
+        config,
+        events: events.clone(),
+        timeline,
+    });
+    let (seat, exit) = (Arc::new(Seat::default()), Arc::new(Notify::new()));
+    let sandbox = if is_sandbox {
+        let service = SandboxService::new(&flags.id, beginning, seat.clone(), exit.clone());
+        create_sandbox(Arc::new(service))
+    } else {
+        // The VM starts before anybody asks for it: containerd will.
+        let pod = begin_with_container(beginning).await;
+        if let Err(e) = &pod {
+            tracing::error!("there will be no pod: {e}");
+        }
+        seat.take(pod);
+        HashMap::new()
     };
-    if let Err(e) = &pod {
-        tracing::error!("there will be no pod: {e}");
-    }
-    let begun = pod.as_ref().ok().cloned();
 
     let listener = UnixListener::from(sys::take_inherited().context("the listening socket")?);
     let listener = Listener::try_from(listener).context("the listening socket")?;
-    let exit = Arc::new(Notify::new());
-    let task = Arc::new(TaskService::new(pod, exit.clone()));
+    let task = Arc::new(TaskService::new(seat.clone(), exit.clone()));
     let mut services = create_task(task.clone());
     // The messages are the same; only the name of the service differs between the versions.
     for (name, service) in create_task(task) {
@@ -77,12 +95,13 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
     }
     let mut server = Server::new()
         .register_service(services)
+        .register_service(sandbox)
         .add_listener(listener);
-    server.start().await.context("the Task service")?;
+    server.start().await.context("the services")?;
     tracing::debug!("serving");
     exit.notified().await;
 
-    if let Some(pod) = begun {
+    if let Ok(pod) = seat.pod() {
         pod.remove().await;
     }
     events.drain(LAST_EVENTS).await;
@@ -90,4 +109,18 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
     // The answer to Shutdown is on its way; nothing else is.
     let _ = tokio::time::timeout(Duration::from_millis(100), server.shutdown()).await;
     Ok(())
+}
+
+/// Begins the pod whose first container is the bundle's.
+async fn begin_with_container(beginning: Result<Beginning>) -> Result<Arc<Pod>> {
+    let Beginning {
+        identity,
+        state_root,
+        config,
+        events,
+        timeline,
+    } = beginning?;
+    let name = PodState::pod_id(&identity.namespace, &identity.id);
+    let spec = PodSpec::of_container(&identity.id, &name, &identity.bundle, &config)?;
+    Pod::begin(identity, &state_root, config, spec, events, timeline).await
 }

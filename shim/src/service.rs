@@ -15,8 +15,9 @@ use sepal_protocol::agent::{self as messages, ExecProcessRequest, SignalProcessR
 use crate::container::{Container, Exit, KILLED, Phase, Process, lock};
 use crate::error::{Error, Result};
 use crate::hooks;
-use crate::pod::{Pod, Up};
+use crate::pod::Pod;
 use crate::stdio::{Streams, Wanted};
+use crate::up::Up;
 
 /// How long a VM's death may take to be noticed when the agent's connection has broken.
 const DEATH: Duration = Duration::from_secs(3);
@@ -331,7 +332,7 @@ impl Pod {
             }
         };
         process.close_streams().await;
-        let last = lock(&self.containers).len() == 1;
+        let last = !self.spec.bare && lock(&self.containers).len() == 1;
         if last {
             // The guest goes as a whole: it need not take its container apart first.
             self.remove().await;
@@ -446,6 +447,16 @@ impl Pod {
         let up = self.up().await?;
         self.call(&up, up.agent.container_stats(&container.agent_id()))
             .await
+    }
+
+    /// What the guest as a whole uses.
+    ///
+    /// # Errors
+    /// It is gone.
+    pub async fn stats_of_guest(&self) -> Result<messages::Stats> {
+        let up = self.up().await?;
+        let whole = messages::ContainerId::default();
+        self.call(&up, up.agent.container_stats(&whole)).await
     }
 
     /// Sets the size of a process's terminal.

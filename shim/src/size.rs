@@ -63,10 +63,24 @@ impl Size {
         config: &Config,
         host_cpus: u8,
     ) -> Result<Self, Error> {
+        let cri = CriResources::of(annotations);
+        Self::plan_for(annotations, cri, resources, config, host_cpus)
+    }
+
+    /// As [`Size::plan`], where the pod's limits are known otherwise than by its annotations.
+    ///
+    /// # Errors
+    /// A limit or an annotation that no VM can satisfy.
+    pub fn plan_for(
+        annotations: &Annotations,
+        cri: CriResources,
+        resources: Option<&LinuxResources>,
+        config: &Config,
+        host_cpus: u8,
+    ) -> Result<Self, Error> {
         if let Some(key) = annotations::unknown(annotations) {
             return Err(Error::UnknownAnnotation { key: key.into() });
         }
-        let cri = CriResources::of(annotations);
         let memory = Self::memory(annotations, cri, resources, config)?;
         let most = config.max_vcpus.min(host_cpus.max(1));
         let boot = match annotations.get(annotations::VCPUS) {

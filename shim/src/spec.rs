@@ -17,7 +17,11 @@ use crate::sys::BindOptions;
 /// Longest config.json that is read, in bytes; the agent's messages hold at most 4 MiB.
 const MAX_SPEC: u64 = 3 << 20;
 /// Size of /dev/shm where nothing says another, in bytes: what runc's default spec says.
-const DEFAULT_SHM: u64 = 64 << 20;
+pub const DEFAULT_SHM: u64 = 64 << 20;
+
+const SHM: &str = "/dev/shm";
+/// containerd's plug-in that makes pods by the sandbox API: so it names the directory of its bundles.
+const SANDBOX_CONTROLLER: &str = "io.containerd.sandbox.controller.v1.shim";
 
 /// Why a spec cannot be run in a guest.
 #[derive(Debug, thiserror::Error)]
@@ -162,6 +166,12 @@ fn namespaces(spec: &Spec) -> Result<&[LinuxNamespace], Error> {
     Ok(linux.namespaces().as_deref().unwrap_or_default())
 }
 
+/// Whether a bundle is a sandbox's: containerd's sandbox controller makes it, without the spec of any
+/// container in it.
+pub fn is_sandbox(bundle: &Path) -> bool {
+    bundle.iter().any(|part| part == SANDBOX_CONTROLLER) || !bundle.join("config.json").exists()
+}
+
 impl Plan {
     /// Rewrites a container's spec for the guest.
     ///
@@ -215,6 +225,39 @@ impl Plan {
             shared_namespaces,
         })
     }
+
+    /// Gives a container of a pod without a pause container what containerd gives it otherwise: the
+    /// pod's files in /etc, of these names, and the pod's /dev/shm. What the spec has is kept.
+    pub fn complete<'a>(&mut self, files: impl Iterator<Item = &'a str>) {
+        let spec = &mut self.guest;
+        let read_only = spec.root().as_ref().and_then(|r| r.readonly()) == Some(true);
+        let access = if read_only { "ro" } else { "rw" };
+        let shares_ipc = self.shared_namespaces.iter().any(|name| name == "ipc");
+        let mut mounts = spec.mounts().clone().unwrap_or_default();
+        for mount in &mut mounts {
+            // The default of containerd's specs.
+            if mount.destination() == Path::new(SHM) && !is_bind(mount) && shares_ipc {
+                let options = ["rbind", "nosuid", "noexec", "nodev"];
+                mount.set_typ(Some("bind".into()));
+                mount.set_source(Some(paths::guest::SHM.into()));
+                mount.set_options(Some(options.map(String::from).into()));
+            }
+        }
+        for name in files {
+            let destination = Path::new("/etc").join(name);
+            if mounts.iter().any(|m| *m.destination() == destination) {
+                continue;
+            }
+            let options = ["rbind", "rprivate", access];
+            let mut mount = Mount::default();
+            mount.set_destination(destination);
+            mount.set_typ(Some("bind".into()));
+            mount.set_source(Some(Path::new(paths::guest::ETC).join(name)));
+            mount.set_options(Some(options.map(String::from).into()));
+            mounts.push(mount);
+        }
+        spec.set_mounts(Some(mounts));
+    }
 }
 
 fn is_bind(mount: &Mount) -> bool {
@@ -225,7 +268,7 @@ fn is_bind(mount: &Mount) -> bool {
 /// CRI gives all containers of a pod one tmpfs of the host as /dev/shm. In a guest it must be the
 /// guest's own memory: pages shared through a file server are not coherent.
 fn is_shm(mount: &Mount, role: &Role) -> bool {
-    *role != Role::Alone && mount.destination() == Path::new("/dev/shm")
+    *role != Role::Alone && mount.destination() == Path::new(SHM)
 }
 
 /// The size of a process's terminal in rows and columns, where its spec tells one.

@@ -164,3 +164,41 @@ fn a_spec_without_a_process_is_refused() {
     let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b")).unwrap_err();
     assert!(matches!(error, Error::NoProcess));
 }
+
+#[test]
+fn a_member_of_a_bare_pod_gets_the_pods_files_and_memory() {
+    let role = Role::Member {
+        sandbox: "s1".into(),
+    };
+    let shm = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm"});
+    let hosts = json!({"destination": "/etc/hosts", "type": "tmpfs", "source": "mine"});
+    let joins = json!([{"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "network"}]);
+    let with = |namespaces: &serde_json::Value| {
+        let text = json!({"mounts": [shm, hosts], "linux": {"namespaces": namespaces}});
+        let mut plan = plan(text, &role).unwrap();
+        plan.complete(["hosts", "hostname"].into_iter());
+        let mounts = plan.guest.mounts().clone().unwrap();
+        let source = |m: &Mount| m.source().clone().unwrap().display().to_string();
+        let pairs = mounts.iter().map(|m| (m.destination().clone(), source(m)));
+        pairs.collect::<std::collections::HashMap<_, _>>()
+    };
+    let mounts = with(&joins);
+    assert_eq!(mounts[Path::new("/dev/shm")], paths::guest::SHM);
+    assert_eq!(mounts[Path::new("/etc/hosts")], "mine", "its own stays");
+    assert_eq!(
+        mounts[Path::new("/etc/hostname")],
+        "/run/sepal/etc/hostname"
+    );
+    let alone = with(&json!([{"type": "ipc"}, {"type": "network"}]));
+    assert_eq!(alone[Path::new("/dev/shm")], "shm", "with its own IPC");
+}
+
+#[test]
+fn a_bundle_without_a_spec_is_a_sandboxs() {
+    let bundle = tempfile::tempdir().unwrap();
+    assert!(is_sandbox(bundle.path()));
+    std::fs::write(bundle.path().join("config.json"), "{}").unwrap();
+    assert!(!is_sandbox(bundle.path()));
+    let controllers = "/run/containerd/io.containerd.sandbox.controller.v1.shim/default/s1";
+    assert!(is_sandbox(Path::new(controllers)));
+}

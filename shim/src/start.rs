@@ -24,9 +24,10 @@ use crate::{cleanup, hooks, spec};
 /// Most that is read of what containerd writes to the shim, in bytes.
 const MAX_INPUT: u64 = 10 << 20;
 /// The version of the Task service that is announced. Both are served, and every containerd since
-/// 1.6 knows this one.
+/// 1.6 knows this one. With version 3 containerd connects a sandbox's containers to its shim without
+/// running this program for each; but it also closes a container's connection at once when that is
+/// deleted, and a signal that crosses the deletion fails the pod's end ("ttrpc: closed").
 const TASK_VERSION: i32 = 2;
-
 /// Environment variable in which the time of the start travels to the server.
 pub const STARTED: &str = "SEPAL_STARTED_US";
 
@@ -55,11 +56,17 @@ pub fn start(flags: &Flags) -> anyhow::Result<()> {
         None => flags.address.clone(),
     };
     let bundle = std::env::current_dir().context("the bundle")?;
-    let annotations = spec::load(&bundle)?
-        .annotations()
-        .clone()
-        .unwrap_or_default();
-    let (group, member) = match Role::of(&annotations) {
+    let role = if spec::is_sandbox(&bundle) {
+        Role::Sandbox
+    } else {
+        Role::of(
+            &spec::load(&bundle)?
+                .annotations()
+                .clone()
+                .unwrap_or_default(),
+        )
+    };
+    let (group, member) = match role {
         Role::Member { sandbox } => (sandbox, true),
         Role::Alone | Role::Sandbox => (flags.id.clone(), false),
     };

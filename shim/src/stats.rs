@@ -1,10 +1,14 @@
 //! A container's use of resources, from the agent's message to containerd's.
 
+use containerd_shim::util::convert_to_any;
 use containerd_shim_protos::cgroups_v2::metrics::{
     CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, NetworkStat, PidsStat,
 };
 use containerd_shim_protos::protobuf::MessageField;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use sepal_protocol::agent::Stats;
+
+use crate::error::{Error, Result};
 
 /// `io.containerd.cgroups.v2.Metrics`, which `ctr metrics`, nerdctl and CRI understand.
 pub fn metrics(stats: &Stats) -> Metrics {
@@ -61,6 +65,17 @@ pub fn metrics(stats: &Stats) -> Metrics {
     };
     metrics.network = stats.network.iter().map(network).collect();
     metrics
+}
+
+/// As an answer carries it.
+///
+/// # Errors
+/// It cannot be encoded.
+pub fn to_any(metrics: Metrics) -> Result<Any> {
+    convert_to_any(Box::new(metrics)).map_err(|e| Error::Invalid {
+        what: "metrics",
+        reason: e.to_string(),
+    })
 }
 
 fn cpu(stats: &Stats) -> CPUStat {
@@ -153,7 +168,7 @@ mod tests {
         assert_eq!(metrics.memory.workingset_refault, 2);
         assert_eq!(metrics.memory_events.oom_kill, 1);
         assert_eq!((metrics.pids.current, metrics.pids.limit), (3, 9));
-        let any = containerd_shim::util::convert_to_any(Box::new(metrics)).unwrap();
+        let any = to_any(metrics).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
     }
 }

@@ -24,6 +24,7 @@ use crate::container::{Phase, lock};
 use crate::creation::Creation;
 use crate::error::{Error, Result};
 use crate::pod::Pod;
+use crate::seat::Seat;
 use crate::stats;
 use crate::stdio::Wanted;
 use crate::{agent, spec, vm};
@@ -31,16 +32,21 @@ use crate::{agent, spec, vm};
 /// The service of this shim's pod.
 #[derive(Clone)]
 pub struct TaskService {
-    pod: Result<Arc<Pod>, Arc<Error>>,
+    seat: Arc<Seat>,
     exit: Arc<Notify>,
 }
 
 /// The gRPC code that containerd's and its clients' logic expects of each error.
 fn code(error: &Error) -> Code {
     match error {
-        Error::NoContainer { .. } | Error::NoExec { .. } | Error::Finished => Code::NOT_FOUND,
-        Error::ContainerExists { .. } | Error::ExecExists { .. } => Code::ALREADY_EXISTS,
-        Error::WrongState { .. } | Error::Removing => Code::FAILED_PRECONDITION,
+        Error::NoSandbox { .. }
+        | Error::NoContainer { .. }
+        | Error::NoExec { .. }
+        | Error::Finished => Code::NOT_FOUND,
+        Error::SandboxExists { .. } | Error::ContainerExists { .. } | Error::ExecExists { .. } => {
+            Code::ALREADY_EXISTS
+        }
+        Error::NotCreated | Error::WrongState { .. } | Error::Removing => Code::FAILED_PRECONDITION,
         Error::Unsupported { .. } => Code::UNIMPLEMENTED,
         Error::Invalid { .. } | Error::Size(_) => Code::INVALID_ARGUMENT,
         Error::Spec(spec::Error::HostNetwork | spec::Error::ForeignNamespace { .. }) => {
@@ -64,22 +70,20 @@ fn code(error: &Error) -> Code {
     }
 }
 
-fn status(error: Error) -> ttrpc::Error {
+/// The answer to a call that has failed.
+pub fn status(error: Error) -> ttrpc::Error {
     tracing::debug!("refused: {error}");
     ttrpc::Error::RpcStatus(ttrpc::get_status(code(&error), format!("sepal: {error}")))
 }
 
 impl TaskService {
-    /// A service for a pod, or for the reason why there is none: that is told to each call.
-    pub fn new(pod: Result<Arc<Pod>>, exit: Arc<Notify>) -> Self {
-        Self {
-            pod: pod.map_err(Arc::new),
-            exit,
-        }
+    /// A service for the pod that has the seat.
+    pub fn new(seat: Arc<Seat>, exit: Arc<Notify>) -> Self {
+        Self { seat, exit }
     }
 
     fn pod(&self) -> Result<&Arc<Pod>> {
-        self.pod.as_ref().map_err(|e| Error::Pod(e.clone()))
+        self.seat.pod()
     }
 
     async fn do_create(&self, request: CreateTaskRequest) -> Result<CreateTaskResponse> {
@@ -140,14 +144,9 @@ impl TaskService {
     }
 
     async fn do_stats(&self, id: &str) -> Result<StatsResponse> {
-        let stats = stats::metrics(&self.pod()?.stats(id).await?);
-        let any =
-            containerd_shim::util::convert_to_any(Box::new(stats)).map_err(|e| Error::Invalid {
-                what: "metrics",
-                reason: e.to_string(),
-            })?;
+        let metrics = stats::metrics(&self.pod()?.stats(id).await?);
         Ok(StatsResponse {
-            stats: MessageField::some(any),
+            stats: MessageField::some(stats::to_any(metrics)?),
             ..Default::default()
         })
     }
@@ -336,19 +335,21 @@ impl Task for TaskService {
     async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {
         Ok(ConnectResponse {
             shim_pid: std::process::id(),
-            task_pid: self.pod.as_ref().map_or(0, |pod| pod.pid()),
+            task_pid: self.pod().map_or(0, |pod| pod.pid()),
             version: env!("CARGO_PKG_VERSION").into(),
             ..Default::default()
         })
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // With other containers of the pod still there, this call was for one that is gone.
-        let empty = self
-            .pod
-            .as_ref()
-            .map_or(true, |pod| lock(&pod.containers).is_empty());
-        if empty {
+        // With other containers of the pod still there, this call was for one that is gone; and a
+        // pod without a container of its own ends by ShutdownSandbox.
+        let over = match self.pod() {
+            Ok(pod) => !pod.spec.bare && lock(&pod.containers).is_empty(),
+            Err(Error::NotCreated) => false,
+            Err(_) => true,
+        };
+        if over {
             self.exit.notify_one();
         }
         Ok(Empty::new())

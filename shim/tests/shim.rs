@@ -5,19 +5,13 @@
 mod common;
 
 use std::io::Read;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use async_trait::async_trait;
+use common::bed::{Bed, code, delete_of, is_root, start_of, wait_of, within};
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::shim::events::ForwardRequest;
-use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
-use containerd_shim_protos::ttrpc::r#async::{Server, TtrpcContext};
-use containerd_shim_protos::ttrpc::{self, context};
+use containerd_shim_protos::ttrpc;
 use sepal_protocol::state::PodState;
 
 /// Becomes the stand-in when the shim has started this binary; a test of nothing otherwise.
@@ -25,216 +19,6 @@ use sepal_protocol::state::PodState;
 fn stand_in_for_the_vmm() {
     if std::env::var_os("SEPAL_STAND_IN").is_some() {
         common::vmm();
-    }
-}
-
-#[derive(Default)]
-struct Containerd {
-    topics: Arc<Mutex<Vec<String>>>,
-}
-
-#[async_trait]
-impl Events for Containerd {
-    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        let event = request
-            .envelope()
-            .topic()
-            .trim_start_matches("/tasks/")
-            .to_string();
-        self.topics.lock().unwrap().push(event);
-        Ok(Empty::new())
-    }
-}
-
-struct Bed {
-    dir: tempfile::TempDir,
-    id: String,
-    topics: Arc<Mutex<Vec<String>>>,
-    _server: Server,
-}
-
-const SHIM: &str = env!("CARGO_BIN_EXE_containerd-shim-sepal-v2");
-
-impl Bed {
-    async fn new(name: &str, args: &[&str]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let id = format!("test-{name}-{}", std::process::id());
-        let containerd = Containerd::default();
-        let topics = containerd.topics.clone();
-        let address = format!("unix://{}/ttrpc", dir.path().display());
-        let mut server = Server::new()
-            .bind(&address)
-            .unwrap()
-            .register_service(create_events(Arc::new(containerd)));
-        server.start().await.unwrap();
-        let bed = Self {
-            dir,
-            id,
-            topics,
-            _server: server,
-        };
-        bed.write_script(
-            "vmm",
-            "exec \"$SELF\" --exact stand_in_for_the_vmm --nocapture",
-        );
-        // Lives until its VMM has gone, as the real one.
-        bed.write_script("fs", "exec sleep 600");
-        bed.configure("");
-        let rootfs = bed.bundle().join("rootfs");
-        std::fs::create_dir_all(rootfs).unwrap();
-        bed.spec(args, serde_json::json!([]));
-        bed
-    }
-
-    fn bundle(&self) -> PathBuf {
-        self.dir.path().join("bundle")
-    }
-
-    fn write_script(&self, name: &str, line: &str) {
-        let me = std::env::current_exe().unwrap();
-        let text = format!(
-            "#!/bin/sh\nexport SEPAL_STAND_IN=1 SELF={}\n{line}\n",
-            me.display()
-        );
-        let path = self.dir.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(path, mode).unwrap();
-    }
-
-    fn configure(&self, more: &str) {
-        let dir = self.dir.path().display();
-        let text = format!("vmm = \"{dir}/vmm\"\nfs = \"{dir}/fs\"\nlog_level = \"debug\"\n{more}");
-        std::fs::write(self.dir.path().join("config.toml"), text).unwrap();
-    }
-
-    fn spec(&self, args: &[&str], mounts: serde_json::Value) {
-        let spec = serde_json::json!({
-            "ociVersion": "1.2.0",
-            "process": {"user": {"uid": 0, "gid": 0}, "args": args, "cwd": "/"},
-            "root": {"path": "rootfs"},
-            "mounts": mounts,
-            "linux": {
-                "cgroupsPath": format!("/sepal/{}", self.id),
-                "namespaces": [{"type": "pid"}, {"type": "network"}]
-            }
-        });
-        std::fs::write(self.bundle().join("config.json"), spec.to_string()).unwrap();
-    }
-
-    fn shim(&self, action: &str) -> std::process::Output {
-        Command::new(SHIM)
-            .args([
-                "-namespace",
-                "test",
-                "-id",
-                &self.id,
-                "-address",
-                "/nonexistent/containerd",
-            ])
-            .arg("-bundle")
-            .arg(self.bundle())
-            .arg(action)
-            .current_dir(self.bundle())
-            .env("TTRPC_ADDRESS", self.dir.path().join("ttrpc"))
-            .env("SEPAL_CONFIG", self.dir.path().join("config.toml"))
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
-    }
-
-    async fn start(&self) -> TaskClient {
-        let output = self.shim("start");
-        assert!(
-            output.status.success(),
-            "{}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        let address = String::from_utf8(output.stdout).unwrap();
-        TaskClient::new(Client::connect(&address).await.unwrap())
-    }
-
-    fn fifo(&self, name: &str) -> String {
-        let path = self.dir.path().join(name);
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        path.display().to_string()
-    }
-
-    fn create_request(&self) -> CreateTaskRequest {
-        CreateTaskRequest {
-            id: self.id.clone(),
-            bundle: self.bundle().display().to_string(),
-            ..Default::default()
-        }
-    }
-
-    fn pod(&self) -> PathBuf {
-        Path::new("/run/sepal").join(PodState::pod_id("test", &self.id))
-    }
-
-    /// All that the pod could have left.
-    fn assert_nothing_left(&self, state: &PodState) {
-        assert!(
-            !self.pod().exists(),
-            "{:?}",
-            std::fs::read_dir(self.pod()).map(Vec::from_iter)
-        );
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
-        assert!(!mounts.contains(&self.id), "a mount is left");
-        for process in [state.vmm, state.fs].into_iter().flatten() {
-            assert!(!process.alive(), "{process:?} is left");
-        }
-        for cgroup in &state.cgroups {
-            assert!(!cgroup.exists(), "{} is left", cgroup.display());
-        }
-    }
-
-    fn topics(&self) -> Vec<String> {
-        self.topics.lock().unwrap().clone()
-    }
-
-    async fn wait_for_topic(&self, topic: &str) {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while !self.topics().iter().any(|t| t == topic) {
-            assert!(
-                Instant::now() < deadline,
-                "no {topic} in {:?}",
-                self.topics()
-            );
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    }
-}
-
-fn within() -> context::Context {
-    context::with_timeout(30_000_000_000)
-}
-
-fn code(error: ttrpc::Error) -> (ttrpc::Code, String) {
-    match error {
-        ttrpc::Error::RpcStatus(status) => (status.code(), status.message().to_string()),
-        other => panic!("{other}"),
-    }
-}
-
-fn start_of(id: &str) -> StartRequest {
-    StartRequest {
-        id: id.into(),
-        ..Default::default()
-    }
-}
-
-fn wait_of(id: &str) -> WaitRequest {
-    WaitRequest {
-        id: id.into(),
-        ..Default::default()
-    }
-}
-
-fn delete_of(id: &str) -> DeleteRequest {
-    DeleteRequest {
-        id: id.into(),
-        ..Default::default()
     }
 }
 
@@ -533,13 +317,4 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     }
-}
-
-/// Whether this is root; says so if not.
-fn is_root() -> bool {
-    let root = nix::unistd::Uid::effective().is_root();
-    if !root {
-        eprintln!("skipped: needs root");
-    }
-    root
 }
