@@ -26,6 +26,7 @@ use crate::podinit::{PodInit, SharedPid};
 use crate::process::{Asked, Process, send_signal};
 use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams};
+use crate::submounts;
 
 /// Longest id of a container or an exec, in bytes: it becomes a directory's name.
 const MAX_ID: usize = 200;
@@ -171,6 +172,11 @@ impl Container {
                 namespace,
                 init: Arc::clone(&init),
             });
+        }
+        let following = submounts::following_volumes(&plan.spec);
+        if !following.is_empty() {
+            let (init, reaper) = (Arc::clone(&init), Arc::clone(&with.reaper));
+            tokio::spawn(submounts::expire(following, init, reaper));
         }
         Ok(Arc::new(Self {
             id,

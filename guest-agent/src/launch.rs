@@ -437,6 +437,7 @@ fn make(job: &Job, report: RawFd) -> std::result::Result<i32, Refusal> {
         .ok_or_else(|| library("no root"))?
         .path();
     let mut env = plan.env.clone();
+    let mut spec = plan.spec.clone();
     let uid = process.user().uid();
     match &job.kind {
         Kind::Exec { root } => {
@@ -446,6 +447,7 @@ fn make(job: &Job, report: RawFd) -> std::result::Result<i32, Refusal> {
         _ => {
             let root = prepare::open_root(root_path)?;
             prepare::check_container(&plan.spec, root.as_fd())?;
+            prepare::make_volumes_read_only(&mut spec)?;
             prepare::add_home(&mut env, uid, root.as_fd());
         }
     }
@@ -493,7 +495,7 @@ fn make(job: &Job, report: RawFd) -> std::result::Result<i32, Refusal> {
     let args = ContainerArgs {
         container_type,
         syscall: SyscallType::default(),
-        spec: Rc::new(plan.spec.clone()),
+        spec: Rc::new(spec),
         rootfs: root_path.clone(),
         console_socket: raw(&job.ends.console),
         notify_listener: NotifyListener::new(&job.start_socket).map_err(library)?,

@@ -25,6 +25,7 @@ pub mod reaper;
 pub mod service;
 pub mod stdio;
 pub mod stream;
+pub mod submounts;
 pub mod sys;
 
 pub use service::{Sockets, serve};

@@ -64,6 +64,53 @@ pub fn check_container(spec: &Spec, root: BorrowedFd<'_>) -> Result<(), String> 
     Ok(())
 }
 
+/// Makes volumes read-only where only the mount of the volume itself shall be: `ro`, not `rro`.
+///
+/// What the host has mounted in a volume, or mounts there later, is a mount of its own in the guest
+/// too, which the kernel makes when somebody gets there, and with the flags of the mount it lies in.
+/// A read-only mount would make it read-only; a read-only file system does not, and looks the same in
+/// /proc/mounts. (The host refuses writes by the flags of its own mounts in any case.)
+///
+/// # Errors
+/// A sentence.
+pub fn make_volumes_read_only(spec: &mut Spec) -> Result<(), String> {
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        let options = mount.options().clone().unwrap_or_default();
+        let has = |name: &str| options.iter().any(|option| option == name);
+        let source = mount.source().clone().unwrap_or_default();
+        if !is_bind(mount) || !has("ro") || has("rro") || !is_own_virtiofs(&source) {
+            continue;
+        }
+        remount_read_only(&source)
+            .map_err(|errno| format!("mount source {source:?}: {}", text(errno)))?;
+        let kept = options.into_iter().filter(|option| option != "ro");
+        mount.set_options(Some(kept.collect()));
+    }
+    Ok(())
+}
+
+/// Whether a directory is the root of a file system that the file server announced for it alone: no
+/// other one may become read-only with it.
+fn is_own_virtiofs(directory: &Path) -> bool {
+    // Opened as a directory it is mounted, if it was not yet.
+    let (Ok(opened), Ok(above)) = (open_root(directory), open_root(&directory.join(".."))) else {
+        return false;
+    };
+    let device = |fd: &OwnedFd| nix::sys::stat::fstat(fd).map(|stat| stat.st_dev);
+    let fuse = nix::sys::statfs::fstatfs(&opened)
+        .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::FUSE_SUPER_MAGIC);
+    fuse && device(&opened) != device(&above)
+}
+
+fn remount_read_only(path: &Path) -> nix::Result<()> {
+    use nix::mount::{MsFlags, mount};
+    let none = None::<&str>;
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_NODEV;
+    // This makes both the file system and the mount read-only, and the second call the mount not.
+    mount(none, path, none, flags | MsFlags::MS_RDONLY, none)?;
+    mount(none, path, none, flags | MsFlags::MS_BIND, none)
+}
+
 /// Checks that a further process's working directory is there.
 ///
 /// # Errors

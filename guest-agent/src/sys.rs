@@ -136,11 +136,30 @@ pub fn reset_signal(signal: Signal) -> nix::Result<()> {
 /// # Errors
 /// Those of openat2(2).
 pub fn open_in_root(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    let resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+    open_resolved(root, path, flags, resolve)
+}
+
+/// As [`open_in_root`] for a path without any symbolic link in it.
+///
+/// # Errors
+/// Those of openat2(2).
+pub fn open_without_links(root: BorrowedFd<'_>, path: &Path, flags: i32) -> io::Result<OwnedFd> {
+    let resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_SYMLINKS;
+    open_resolved(root, path, flags, resolve)
+}
+
+fn open_resolved(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    flags: i32,
+    resolve: u64,
+) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: `open_how` is a plain structure of integers, for which zero is valid.
     let mut how: libc::open_how = unsafe { std::mem::zeroed() };
     how.flags = (flags | libc::O_CLOEXEC) as u64;
-    how.resolve = libc::RESOLVE_IN_ROOT | libc::RESOLVE_NO_MAGICLINKS;
+    how.resolve = resolve;
     // SAFETY: `path` is NUL-terminated and `how` has the size that is passed; both outlive the call.
     let fd = unsafe {
         libc::syscall(
