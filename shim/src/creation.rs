@@ -1,5 +1,6 @@
 //! How a container is made: its mounts while the VM boots, then its streams and its process.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -90,18 +91,14 @@ impl Pod {
     async fn try_create(
         self: &Arc<Self>,
         asked: &Creation,
-        mut plan: Plan,
+        plan: Plan,
         first: bool,
         host_hooks: &Hooks,
         hook_state: &hooks::State,
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
         let share = self.share.clone();
-        let (id, bundle, binds) = (
-            asked.id.clone(),
-            asked.bundle.clone(),
-            std::mem::take(&mut plan.binds),
-        );
+        let (id, bundle, binds) = (asked.id.clone(), asked.bundle.clone(), plan.binds.clone());
         let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
         // The VM boots meanwhile.
         tokio::task::spawn_blocking(move || share.add(&id, &bundle, &mounts, &binds))
@@ -165,6 +162,12 @@ impl Pod {
         stdio: Stdio,
     ) -> Result<(Arc<Up>, hooks::State)> {
         let up = self.up().await?;
+        // It serves, so the file server is in the namespace that it serves from.
+        let (share, id, binds) = (self.share.clone(), asked.id.clone(), plan.binds.clone());
+        let server = up.vm.file_server();
+        tokio::task::spawn_blocking(move || share.attach(&id, &binds, server.as_fd()))
+            .await
+            .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         if first {
             let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
             up.vm.enter_root(&root).await?;

@@ -2,7 +2,11 @@
 //!
 //! `<pod>/share` is a mount of its own with shared propagation, so that what is mounted below it
 //! while the pod runs appears to the file server, which lives in a mount namespace of its own.
-//! Per container: `rootfs`, as containerd's mounts say, and one entry below `mounts` for each bind.
+//! Per container: `rootfs`, as containerd's mounts say, and one entry below `mounts` for each volume.
+//!
+//! Volumes are mounted in the file server's namespace only. In the host's, a copy of what is mounted
+//! in a volume would hold its mount points: the host could unmount there, and not remove the directory
+//! (EBUSY). They go with their mount point's name, or with the server.
 //!
 //! Nothing here ever removes a tree: what is below a mount point belongs to somebody else. Mount
 //! points are unmounted and then removed one by one, and a mount that is still there keeps its
@@ -10,7 +14,8 @@
 
 use std::fs::{DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -105,7 +110,8 @@ impl Share {
         &self.root
     }
 
-    /// Mounts a container's root file system and its binds. Leaves nothing behind when it fails.
+    /// Mounts a container's root file system and makes the mount points of its volumes. Leaves
+    /// nothing behind when it fails.
     ///
     /// # Errors
     /// What containerd gave cannot be mounted.
@@ -155,12 +161,46 @@ impl Share {
                 make_directory(&directory.join(paths::MOUNTS))?;
                 File::create(&target).map_err(io("make", &target))?;
             }
-            sys::bind(&bind.source, &target, bind.options).map_err(|source| Error::Volume {
-                source_path: bind.source.clone(),
-                source,
-            })?;
         }
         Ok(())
+    }
+
+    /// Mounts a container's volumes for the file server, which must have come to serving.
+    ///
+    /// # Errors
+    /// A volume cannot be mounted, or the server has ended.
+    pub fn attach(
+        &self,
+        container: &str,
+        binds: &[Bind],
+        server: BorrowedFd<'_>,
+    ) -> Result<(), Error> {
+        let failed = |bind: &Bind, source| Error::Volume {
+            source_path: bind.source.clone(),
+            source,
+        };
+        let mut copies = Vec::new();
+        for bind in binds {
+            let copy = sys::copy_of(&bind.source, bind.options);
+            copies.push((bind, copy.map_err(|e| failed(bind, e))?));
+        }
+        let share = inode(&self.root).map_err(io("look at", &self.root))?;
+        let work = || {
+            // Its root directory is the share; where it shares our namespace the share is where we
+            // see it.
+            let root = if inode(Path::new("/")).is_ok_and(|root| root == share) {
+                Path::new("/")
+            } else {
+                &self.root
+            };
+            let mounts = root.join(container).join(paths::MOUNTS);
+            for (number, (bind, copy)) in copies.iter().enumerate() {
+                let target = mounts.join(number.to_string());
+                sys::attach(copy, &target).map_err(|e| failed(bind, e))?;
+            }
+            Ok(())
+        };
+        sys::in_mount_namespace(server, work).map_err(io("mount volumes in", &self.root))?
     }
 
     /// Unmounts a container's part of the share and removes its mount points.
@@ -190,6 +230,11 @@ impl Share {
         unmount_below(&self.root);
         remove_mount_point(&self.root);
     }
+}
+
+/// The device and the inode: which file it is.
+fn inode(path: &Path) -> std::io::Result<(u64, u64)> {
+    std::fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Removes an empty directory or an empty file. A mount point that is in use stays (EBUSY), and so
@@ -276,6 +321,7 @@ fn mount_root(entry: &RootMount, target: &Path) -> Result<(), Error> {
             recursive: has("rbind"),
             read_only: has("ro"),
             recursive_read_only: has("rro"),
+            follows_source: false,
         };
         return sys::bind(Path::new(&entry.source), target, options)
             .map_err(|e| failed(e.to_string()));
@@ -331,6 +377,8 @@ fn split_options(options: &[String]) -> (MsFlags, String) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -385,6 +433,8 @@ mod tests {
         share
             .add("c1", Path::new("/nonexistent"), &[root], &binds)
             .unwrap();
+        let here = sys::pidfd_open(std::process::id()).unwrap();
+        share.attach("c1", &binds, here.as_fd()).unwrap();
         let in_share = share.path().join("c1/mounts/0");
         assert!(in_share.join("precious").exists());
         assert!(
@@ -408,5 +458,122 @@ mod tests {
         share.remove_all();
         assert!(!share.path().exists());
         assert_eq!(std::fs::read_to_string(file).unwrap(), "x");
+    }
+
+    /// A shared mount of the test's own, gone with it.
+    struct Shared(tempfile::TempDir);
+
+    impl Shared {
+        fn new() -> Self {
+            let shared = Self(tempfile::tempdir().unwrap());
+            let path = shared.0.path();
+            sys::bind(path, path, BindOptions::default()).unwrap();
+            let none = None::<&str>;
+            mount(none, path, none, MsFlags::MS_SHARED, none).unwrap();
+            shared
+        }
+
+        fn mount(path: &Path) {
+            let (name, none) = (Some("tmpfs"), None::<&str>);
+            mount(name, path, name, MsFlags::empty(), none).unwrap();
+        }
+    }
+
+    impl Drop for Shared {
+        fn drop(&mut self) {
+            unmount_below(self.0.path());
+        }
+    }
+
+    /// A process in a mount namespace of its own whose root directory is the share, as the file
+    /// server's.
+    struct Server(std::process::Child);
+
+    impl Server {
+        fn of(share: &Share) -> Self {
+            let share = share.path().display();
+            // The old root stays below a directory; the shell waits for the end of its input.
+            let script = format!("cd {share} && mkdir .old && pivot_root . .old && read end");
+            let child = std::process::Command::new("unshare")
+                .args(["--mount", "--propagation", "slave", "sh", "-c", &script])
+                .stdin(std::process::Stdio::piped())
+                .spawn()
+                .unwrap();
+            let mut server = Self(child);
+            while !server.path("/.old/proc").exists() {
+                assert!(server.0.try_wait().unwrap().is_none(), "it has failed");
+                std::thread::sleep(std::time::Duration::from_millis(5));
+            }
+            server
+        }
+
+        /// What it has there.
+        fn path(&self, path: &str) -> PathBuf {
+            format!("/proc/{}/root{path}", self.0.id()).into()
+        }
+    }
+
+    impl Drop for Server {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    #[test]
+    fn the_host_may_mount_and_remove_in_volumes_that_follow_it_and_in_others() {
+        if !sys::is_root() {
+            return;
+        }
+        let pod = tempfile::tempdir().unwrap();
+        let source = Shared::new();
+        let source = source.0.path();
+        for name in ["early", "late", "kept"] {
+            std::fs::create_dir(source.join(name)).unwrap();
+        }
+        Shared::mount(&source.join("early"));
+        std::fs::create_dir(source.join("early/late")).unwrap();
+        let share = Share::create(pod.path()).unwrap();
+        let server = Server::of(&share);
+        let bind = |follows_source| Bind {
+            source: source.into(),
+            options: BindOptions {
+                recursive: true,
+                follows_source,
+                ..BindOptions::default()
+            },
+            directory: true,
+        };
+        let (own, binds) = (tempfile::tempdir().unwrap(), [bind(true), bind(false)]);
+        std::fs::create_dir(own.path().join("rootfs")).unwrap();
+        share.add("c1", own.path(), &[], &binds).unwrap();
+        let pidfd = sys::pidfd_open(server.0.id()).unwrap();
+        share.attach("c1", &binds, pidfd.as_fd()).unwrap();
+
+        let (slave, private) = (server.path("/c1/mounts/0"), server.path("/c1/mounts/1"));
+        assert!(private.join("early/late").exists(), "what was there before");
+        for late in ["late", "early/late"] {
+            Shared::mount(&source.join(late));
+            std::fs::write(source.join(late).join("file"), "").unwrap();
+            assert!(slave.join(late).join("file").exists(), "{late}");
+            assert!(!private.join(late).join("file").exists(), "{late}");
+        }
+        umount2(&source.join("late"), MntFlags::empty()).unwrap();
+        assert!(!slave.join("late/file").exists(), "unmounted");
+
+        unmount_below(&source.join("early"));
+        std::fs::remove_dir(source.join("early")).unwrap();
+        assert!(!slave.join("early").exists());
+
+        share.remove("c1");
+        assert!(!share.path().join("c1").exists());
+        let mounts = format!("/proc/{}/mountinfo", server.0.id());
+        let mounts = std::fs::read_to_string(mounts).unwrap();
+        assert!(!mounts.contains(" /c1"), "{mounts}");
+        drop(server);
+        std::fs::remove_dir(share.path().join(".old")).unwrap();
+        share.remove_all();
+        assert!(!share.path().exists());
+        assert!(source.join("kept").exists(), "the host's stays");
     }
 }

@@ -201,6 +201,29 @@ pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send)
     })
 }
 
+/// Runs `work` on a thread of its own in the mount namespace of a process, whose root directory is
+/// then the namespace's.
+///
+/// # Errors
+/// The process has ended, or the thread could not be made or has panicked.
+pub fn in_mount_namespace<T: Send>(
+    pidfd: BorrowedFd<'_>,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name("mounts".into())
+            .spawn_scoped(scope, move || {
+                // The root directory is the process's, not the thread's, unless that is said.
+                unshare(CloneFlags::CLONE_FS)?;
+                setns(pidfd, CloneFlags::CLONE_NEWNS)?;
+                Ok(work())
+            })?
+            .join()
+            .map_err(|_| Error::other("the thread in the file server's namespace has panicked"))?
+    })
+}
+
 /// Options of a bind mount.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct BindOptions {
@@ -210,24 +233,48 @@ pub struct BindOptions {
     pub read_only: bool,
     /// What is mounted below it as well.
     pub recursive_read_only: bool,
+    /// What is mounted or unmounted below the source later on is so below the copy too.
+    pub follows_source: bool,
 }
 
-/// Attaches a copy of the mount at `source` to `target`, private to whoever mounted the source.
-///
-/// The copy is made detached and taken out of the source's peer group first: what is mounted later
-/// below the target does not appear below the source. Attached below a shared mount, it becomes
-/// shared with that mount's peers only.
+/// Attaches a copy of the mount at `source` to `target`.
 ///
 /// # Errors
 /// What open_tree(2), mount_setattr(2) and move_mount(2) say.
 pub fn bind(source: &Path, target: &Path, options: BindOptions) -> Result<()> {
+    attach(&copy_of(source, options)?, target)
+}
+
+/// Makes a copy of the mount at `source` that is attached nowhere yet and belongs to no namespace.
+///
+/// It is taken out of the source's peer group: what is mounted below the copy does not appear below
+/// the source. The other way nothing travels either, unless the copy follows its source: then it is a
+/// slave of the source's peer group (mount_namespaces(7)). Attached below a shared mount, it becomes
+/// shared with that mount's peers only.
+///
+/// # Errors
+/// What open_tree(2) and mount_setattr(2) say.
+pub fn copy_of(source: &Path, options: BindOptions) -> Result<OwnedFd> {
     let tree = open_tree(source, options.recursive)?;
-    set_attributes(&tree, options.recursive, 0, libc::MS_PRIVATE)?;
+    let propagation = if options.follows_source {
+        libc::MS_SLAVE
+    } else {
+        libc::MS_PRIVATE
+    };
+    set_attributes(&tree, options.recursive, 0, propagation)?;
     if options.recursive_read_only {
         set_attributes(&tree, true, libc::MOUNT_ATTR_RDONLY, 0)?;
     } else if options.read_only {
         set_attributes(&tree, false, libc::MOUNT_ATTR_RDONLY, 0)?;
     }
+    Ok(tree)
+}
+
+/// Attaches a copy to `target` in the calling thread's mount namespace.
+///
+/// # Errors
+/// What move_mount(2) says.
+pub fn attach(tree: &OwnedFd, target: &Path) -> Result<()> {
     let target = path(target)?;
     // SAFETY: both paths are NUL-terminated and outlive the call.
     unsafe {

@@ -268,6 +268,11 @@ impl Vm {
         }
     }
 
+    /// The file server.
+    pub fn file_server(&self) -> Arc<OwnedFd> {
+        self.fs.clone()
+    }
+
     /// Asks the VMM for something that is answered by `Ok`.
     ///
     /// # Errors
