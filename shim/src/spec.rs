@@ -47,6 +47,36 @@ pub enum Error {
     )]
     HostNetwork,
     #[error(
+        "the host's {kind} namespace cannot be shared with a virtual machine: leave out {option}"
+    )]
+    HostNamespace {
+        kind: &'static str,
+        option: &'static str,
+    },
+    #[error(
+        "user namespaces of pods are not supported (hostUsers: false): every pod has its own \
+         kernel, and root in it is not the host's"
+    )]
+    UserNamespace,
+    #[error(
+        "volume {} is to be {option} (mountPropagation: Bidirectional): what a virtual machine \
+         mounts cannot appear on the host; use rslave (HostToContainer)",
+        .destination.display()
+    )]
+    SharedVolume {
+        destination: PathBuf,
+        option: String,
+    },
+    #[error(
+        "volume {} cannot be both rro and {option}: what the host mounts in it later would be \
+         writable",
+        .destination.display()
+    )]
+    FollowsReadOnly {
+        destination: PathBuf,
+        option: String,
+    },
+    #[error(
         "the {kind} namespace {} belongs to another pod: every pod has its own kernel",
         .path.display()
     )]
@@ -211,7 +241,7 @@ impl Plan {
             let source = bundle.join(source);
             let directory = check_source(&source, &destination)?;
             let target = in_guest.join(paths::MOUNTS).join(binds.len().to_string());
-            let options = bind_options(mount);
+            let options = bind_options(mount)?;
             mount.set_source(Some(target));
             binds.push(Bind {
                 source,
@@ -334,11 +364,12 @@ fn check_source(source: &Path, destination: &Path) -> Result<bool, Error> {
     })
 }
 
-fn bind_options(mount: &Mount) -> BindOptions {
+fn bind_options(mount: &Mount) -> Result<BindOptions, Error> {
     let mut options = BindOptions {
         recursive: true,
         ..BindOptions::default()
     };
+    let mut propagation = None;
     for option in mount.options().iter().flatten() {
         match option.as_str() {
             "bind" => options.recursive = false,
@@ -346,15 +377,35 @@ fn bind_options(mount: &Mount) -> BindOptions {
             "ro" => options.read_only = true,
             "rw" => options.read_only = false,
             "rro" => options.recursive_read_only = true,
+            "private" | "rprivate" | "slave" | "rslave" | "shared" | "rshared" => {
+                propagation = Some(option.as_str());
+            }
             _ => {}
         }
     }
-    options
+    let destination = mount.destination();
+    match propagation {
+        Some(option @ ("shared" | "rshared")) => Err(Error::SharedVolume {
+            destination: destination.clone(),
+            option: option.into(),
+        }),
+        Some(option @ ("slave" | "rslave")) if options.recursive_read_only => {
+            Err(Error::FollowsReadOnly {
+                destination: destination.clone(),
+                option: option.into(),
+            })
+        }
+        other => {
+            options.follows_source = matches!(other, Some("slave" | "rslave"));
+            Ok(options)
+        }
+    }
 }
 
 /// Takes the host's paths out of the namespaces; answers which ones the pod's containers share.
 fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> {
-    use LinuxNamespaceType::{Ipc, Network, Pid, Uts};
+    use LinuxNamespaceType::{Ipc, Network, Pid, User, Uts};
+    refuse_host_namespaces(namespaces(spec)?)?;
     let mut shared = Vec::new();
     let linux = spec.linux_mut().as_mut().ok_or(Error::NoLinux)?;
     for namespace in linux.namespaces_mut().iter_mut().flatten() {
@@ -367,6 +418,9 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
         let is_shared = match role {
             // The VM itself is the network namespace, whoever made the host's side of it.
             _ if kind == Network => true,
+            Role::Sandbox | Role::Member { .. } if kind == User => {
+                return Err(Error::UserNamespace);
+            }
             Role::Alone => {
                 if let Some(path) = path {
                     return Err(Error::ForeignNamespace {
@@ -385,6 +439,22 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
         }
     }
     Ok(shared)
+}
+
+/// What a spec does not name it has from the host ("config-linux", Namespaces). A pod's containers
+/// name their pod's namespaces, and those of shareProcessNamespace or of a target container: nothing
+/// of theirs is absent.
+fn refuse_host_namespaces(namespaces: &[LinuxNamespace]) -> Result<(), Error> {
+    use LinuxNamespaceType::{Ipc, Pid};
+    for (wanted, kind, option) in [
+        (Ipc, "IPC", "--ipc=host or hostIPC"),
+        (Pid, "PID", "--pid=host or hostPID"),
+    ] {
+        if namespaces.iter().all(|n| n.typ() != wanted) {
+            return Err(Error::HostNamespace { kind, option });
+        }
+    }
+    Ok(())
 }
 
 /// As the specification writes it; the type's Display is the kernel's name.

@@ -7,7 +7,7 @@ fn spec(extra: serde_json::Value) -> Spec {
         "ociVersion": "1.2.0",
         "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/"},
         "root": {"path": "rootfs", "readonly": true},
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "network"}]},
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network"}]},
         "mounts": []
     });
     for (key, value) in extra.as_object().unwrap() {
@@ -121,7 +121,7 @@ fn namespaces_are_shared_as_the_role_says() {
         "no host path reaches the guest"
     );
     let sandbox = plan(json!({}), &Role::Sandbox).unwrap();
-    assert_eq!(sandbox.shared_namespaces, ["pid", "network"]);
+    assert_eq!(sandbox.shared_namespaces, ["pid", "ipc", "network"]);
     let alone = plan(linux, &Role::Alone).unwrap_err();
     assert!(matches!(alone, Error::ForeignNamespace { .. }), "{alone}");
 }
@@ -172,7 +172,9 @@ fn a_member_of_a_bare_pod_gets_the_pods_files_and_memory() {
     };
     let shm = json!({"destination": "/dev/shm", "type": "tmpfs", "source": "shm"});
     let hosts = json!({"destination": "/etc/hosts", "type": "tmpfs", "source": "mine"});
-    let joins = json!([{"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "network"}]);
+    let joins = json!([
+        {"type": "pid"}, {"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "network"}
+    ]);
     let with = |namespaces: &serde_json::Value| {
         let text = json!({"mounts": [shm, hosts], "linux": {"namespaces": namespaces}});
         let mut plan = plan(text, &role).unwrap();
@@ -189,7 +191,7 @@ fn a_member_of_a_bare_pod_gets_the_pods_files_and_memory() {
         mounts[Path::new("/etc/hostname")],
         "/run/sepal/etc/hostname"
     );
-    let alone = with(&json!([{"type": "ipc"}, {"type": "network"}]));
+    let alone = with(&json!([{"type": "pid"}, {"type": "ipc"}, {"type": "network"}]));
     assert_eq!(alone[Path::new("/dev/shm")], "shm", "with its own IPC");
 }
 
@@ -201,4 +203,66 @@ fn a_bundle_without_a_spec_is_a_sandboxs() {
     assert!(!is_sandbox(bundle.path()));
     let controllers = "/run/containerd/io.containerd.sandbox.controller.v1.shim/default/s1";
     assert!(is_sandbox(Path::new(controllers)));
+}
+
+fn member() -> Role {
+    Role::Member {
+        sandbox: "s".into(),
+    }
+}
+
+#[test]
+fn the_hosts_ipc_and_pid_namespaces_are_refused_by_the_option_that_asks() {
+    let with = |names: &[&str], role: &Role| {
+        let namespaces: Vec<_> = names.iter().map(|name| json!({"type": name})).collect();
+        plan(json!({"linux": {"namespaces": namespaces}}), role).map(drop)
+    };
+    for role in [Role::Alone, Role::Sandbox, member()] {
+        for (names, text) in [
+            (["pid", "network"], "the host's IPC namespace"),
+            (["ipc", "network"], "--pid=host or hostPID"),
+        ] {
+            let message = with(&names, &role).unwrap_err().to_string();
+            assert!(message.contains(text), "{role:?}: {message}");
+        }
+        assert!(with(&["pid", "ipc", "network"], &role).is_ok(), "{role:?}");
+    }
+}
+
+#[test]
+fn a_pod_has_no_user_namespace_and_a_container_alone_may() {
+    let linux = json!({"linux": {
+        "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "user"}],
+        "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}]
+    }});
+    for role in [Role::Sandbox, member()] {
+        let error = plan(linux.clone(), &role).unwrap_err();
+        assert!(matches!(error, Error::UserNamespace), "{error}");
+    }
+    assert!(plan(linux, &Role::Alone).is_ok());
+}
+
+#[test]
+fn volumes_follow_their_sources_only_where_that_is_asked_for_and_possible() {
+    let dir = tempfile::tempdir().unwrap();
+    let bind = |options: &[&str]| {
+        let mounts = json!({"mounts": [{
+            "destination": "/v", "type": "bind", "source": dir.path(), "options": options
+        }]});
+        plan(mounts, &Role::Alone).map(|plan| plan.binds[0].options)
+    };
+    for (options, follows) in [
+        (&["rbind"][..], false),
+        (&["rbind", "rprivate", "rro"], false),
+        (&["rbind", "rslave", "ro"], true),
+    ] {
+        assert_eq!(bind(options).unwrap().follows_source, follows);
+    }
+    for (options, text) in [
+        (["rbind", "rshared", "rw"], "cannot appear on the host"),
+        (["rbind", "rslave", "rro"], "cannot be both rro and rslave"),
+    ] {
+        let message = bind(&options).unwrap_err().to_string();
+        assert!(message.contains(text), "{message}");
+    }
 }

@@ -49,9 +49,13 @@ fn code(error: &Error) -> Code {
         Error::NotCreated | Error::WrongState { .. } | Error::Removing => Code::FAILED_PRECONDITION,
         Error::Unsupported { .. } => Code::UNIMPLEMENTED,
         Error::Invalid { .. } | Error::Size(_) => Code::INVALID_ARGUMENT,
-        Error::Spec(spec::Error::HostNetwork | spec::Error::ForeignNamespace { .. }) => {
-            Code::UNIMPLEMENTED
-        }
+        Error::Spec(
+            spec::Error::HostNetwork
+            | spec::Error::HostNamespace { .. }
+            | spec::Error::UserNamespace
+            | spec::Error::SharedVolume { .. }
+            | spec::Error::ForeignNamespace { .. },
+        ) => Code::UNIMPLEMENTED,
         Error::Spec(_) => Code::INVALID_ARGUMENT,
         Error::VmGone { .. } => Code::UNAVAILABLE,
         Error::Vm(vm::Error::Timeout) | Error::Agent(agent::Error::NotReady { .. }) => {

@@ -102,7 +102,7 @@ impl Bed {
             "mounts": mounts,
             "linux": {
                 "cgroupsPath": format!("/sepal/{}", self.id),
-                "namespaces": [{"type": "pid"}, {"type": "network"}]
+                "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "network"}]
             }
         });
         std::fs::write(self.bundle().join("config.json"), spec.to_string()).unwrap();
