@@ -13,6 +13,7 @@ pub mod container;
 pub mod creation;
 pub mod error;
 pub mod events;
+pub mod features;
 pub mod forward;
 pub mod hooks;
 pub mod log;

@@ -19,7 +19,7 @@ use crate::annotations::Role;
 use crate::container::{Exit, KILLED};
 use crate::rootfs::Share;
 use crate::sys::{self, Netns, Spawn};
-use crate::{cleanup, hooks, spec};
+use crate::{cleanup, features, hooks, spec};
 
 /// Most that is read of what containerd writes to the shim, in bytes.
 const MAX_INPUT: u64 = 10 << 20;
@@ -247,6 +247,7 @@ pub fn info() -> anyhow::Result<()> {
     let mut info = RuntimeInfo {
         name: crate::RUNTIME.into(),
         version: Some(version).into(),
+        features: Some(features::any()).into(),
         ..Default::default()
     };
     if let Ok(config) = Config::load_default() {
