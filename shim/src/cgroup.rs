@@ -40,11 +40,12 @@ pub struct Hierarchy {
 /// The directory below a hierarchy's root that `linux.cgroupsPath` means.
 ///
 /// `slice:prefix:name` is systemd's form: the slice `a-b.slice` lies in `a.slice`, and the pod is
-/// the scope `prefix-name.scope` in it. An empty path is a place of our own.
+/// the scope `prefix-name.scope` in it. Without systemd nobody makes such slices, nobody removes
+/// them, and the whole is one directory's name, as runc has it. An empty path is a place of our own.
 ///
 /// # Errors
 /// A path that leaves its root, or a slice's name that is none.
-pub fn directory(cgroups_path: Option<&Path>, pod: &str) -> Result<PathBuf, Error> {
+pub fn directory(cgroups_path: Option<&Path>, pod: &str, systemd: bool) -> Result<PathBuf, Error> {
     let path = cgroups_path.map(Path::to_string_lossy).unwrap_or_default();
     let wrong = |reason| Error::Path {
         path: path.to_string(),
@@ -54,7 +55,9 @@ pub fn directory(cgroups_path: Option<&Path>, pod: &str) -> Result<PathBuf, Erro
         return Ok(Path::new("sepal").join(pod));
     }
     let parts: Vec<_> = path.split(':').collect();
-    if let [slice, prefix, name] = parts[..] {
+    if let [slice, prefix, name] = parts[..]
+        && systemd
+    {
         let mut directory = expand_slice(slice)
             .ok_or_else(|| wrong("must be slice:prefix:name with a slice like a-b.slice"))?;
         if name.is_empty() || name.contains('/') || prefix.contains('/') {
@@ -136,7 +139,9 @@ impl Cgroup {
     /// # Errors
     /// A path that is none.
     pub fn plan(cgroups_path: Option<&Path>, pod: &str) -> Result<Self, Error> {
-        let relative = directory(cgroups_path, pod)?;
+        // sd_booted(3).
+        let systemd = Path::new("/run/systemd/system").is_dir();
+        let relative = directory(cgroups_path, pod, systemd)?;
         let mountinfo = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let directories = hierarchies(&mountinfo)
             .into_iter()
@@ -276,7 +281,7 @@ mod tests {
     use super::*;
 
     fn path(text: &str) -> Result<PathBuf, Error> {
-        directory(Some(Path::new(text)), "p")
+        directory(Some(Path::new(text)), "p", true)
     }
 
     #[test]
@@ -295,6 +300,8 @@ mod tests {
             Path::new("system.slice/nerdctl-x.scope")
         );
         assert_eq!(path("-.slice:a:b").unwrap(), Path::new("a-b.scope"));
+        let without_systemd = directory(Some(Path::new("a-b.slice:c:d")), "p", false);
+        assert_eq!(without_systemd.unwrap(), Path::new("a-b.slice:c:d"));
     }
 
     #[test]
