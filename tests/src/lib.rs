@@ -21,7 +21,7 @@ mod container;
 mod pods;
 mod terminal;
 
-pub use bed::{Bed, Kind};
+pub use bed::{Bed, Kind, Scratch};
 pub use command::{Command, Outcome, Running};
 pub use container::{Client, Container};
 pub use pods::PodProcess;

@@ -268,6 +268,27 @@ fn a_socket_as_a_volume() {
 
 #[test]
 #[ignore = "needs a bed: tests/run"]
+fn what_only_the_hosts_kernel_could_share() {
+    let bed = Bed::alone();
+    if !bed.has_vm() {
+        return;
+    }
+    for (option, name) in [("--pid=host", "PID"), ("--ipc=host", "IPC")] {
+        let run = bed.nerdctl_run(&[option], &bed.busybox(), &["true"]);
+        refused(run, &[name, "virtual machine"]);
+    }
+    let scratch = bed.scratch();
+    let mount = format!(
+        "type=bind,src={},dst=/data,options=rbind:rshared",
+        scratch.path()
+    );
+    let run = bed.ctr_run(&["--mount", &mount], &bed.busybox(), ["true"]);
+    refused(run, &["/data", "rslave"]);
+    recovered(&bed);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
 fn a_directory_to_start_in_that_is_a_file() {
     let bed = Bed::alone();
     refused(

@@ -1,6 +1,6 @@
 //! What people type: nerdctl's everyday verbs.
 
-use sepal_tests::{Bed, Client, Terminal, eventually, seconds};
+use sepal_tests::{Bed, Client, Outcome, Scratch, Terminal, eventually, seconds};
 
 #[test]
 #[ignore = "needs a bed: tests/run"]
@@ -66,6 +66,101 @@ fn a_read_only_volume_refuses_writes() {
         run.err()
     );
     assert_eq!(bed.read(&scratch.file("file")), "kept");
+}
+
+/// A folder of the bed whose mounts the bed's own namespace shares; unmounted after the test.
+struct Shared<'bed> {
+    bed: &'bed Bed,
+    scratch: Scratch<'bed>,
+}
+
+impl<'bed> Shared<'bed> {
+    fn of(bed: &'bed Bed) -> Self {
+        let scratch = bed.scratch();
+        let path = scratch.path();
+        let line = format!("mount --bind {path} {path} && mount --make-rshared {path}");
+        bed.sh(&line).run().success();
+        Self { bed, scratch }
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.scratch.file(name)
+    }
+
+    /// Mounts an empty file system below it.
+    fn mount(&self, name: &str) {
+        let path = self.file(name);
+        let line = format!("mkdir -p {path} && mount -t tmpfs tmpfs {path}");
+        self.bed.sh(&line).run().success();
+    }
+
+    fn umount(&self, name: &str) -> Outcome {
+        self.bed.command(["umount", &self.file(name)]).run()
+    }
+}
+
+impl Drop for Shared<'_> {
+    fn drop(&mut self) {
+        let path = self.scratch.path();
+        self.bed.sh(&format!("umount -R -l {path}")).run();
+    }
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn a_volume_that_follows_the_host_shows_its_late_mounts() {
+    let bed = Bed::get();
+    let shared = Shared::of(&bed);
+    let volume = format!("{}:/data:rslave", shared.scratch.path());
+    let container = bed.nerdctl_start(&["-v", &volume], &bed.busybox(), &["sleep", "1000"]);
+    container.sh("ls /data/late").failure();
+
+    shared.mount("late");
+    bed.write(&shared.file("late/file"), "mounted\n");
+    let seen = container.sh("cat /data/late/file; touch /data/late/mine");
+    assert_eq!(seen.success().out(), "mounted");
+    let kind = "stat -c %d /data/late; stat -c %d /data";
+    let kind = container.sh(kind).success().out();
+    let (late, data) = kind.split_once('\n').unwrap();
+    assert_ne!(late, data, "a file system of its own");
+    // Nobody is in there: the host may have it back soon.
+    eventually("the host unmounts it", seconds(30), || {
+        shared.umount("late").ok().then_some(())
+    });
+    assert_eq!(container.sh("ls /data/late").success().out(), "");
+
+    // Taken away from under a container that is in there, it is gone for the next who looks.
+    shared.mount("late");
+    container
+        .sh("(cd /data/late && exec sleep 1000) >/dev/null 2>&1 &")
+        .success();
+    container.sh("touch /data/late/file").success();
+    let late = shared.file("late");
+    bed.command(["umount", "-l", &late]).run().success();
+    assert_eq!(container.sh("ls /data/late").success().out(), "");
+    container.sh("touch /data/late/below").success();
+    bed.command(["test", "-e", &shared.file("late/below")])
+        .run()
+        .success();
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn a_read_only_volume_is_so_alone_or_with_all_that_is_mounted_in_it() {
+    let bed = Bed::get();
+    let shared = Shared::of(&bed);
+    shared.mount("inner");
+    let run = |option: &str, line: &str| {
+        let volume = format!("{}:/data:{option}", shared.scratch.path());
+        bed.nerdctl_run(&["-v", &volume], &bed.busybox(), &["sh", "-c", line])
+            .run()
+    };
+    let line = "grep -q ' /data [^ ]* ro,' /proc/mounts && ! touch /data/file && \
+                touch /data/inner/file";
+    run("ro", line).success();
+    let outcome = run("rro", line).failure();
+    let refusals = outcome.err().matches("Read-only file system").count();
+    assert_eq!(refusals, 2, "{}", outcome.report());
 }
 
 #[test]
