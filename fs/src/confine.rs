@@ -89,6 +89,13 @@ pub fn enter(share: &Path) -> anyhow::Result<Proc> {
     umount2(".", MntFlags::MNT_DETACH).context("cannot leave the old root directory")?;
     fchdir(&root).context("cannot enter the share")?;
 
+    // What lies in the share itself is the shim's: places for mounts, in directories that the shim
+    // walks through as the host's root. A guest that could put a link there would lead it anywhere.
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+    let strict = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(none, "/", none, flags | strict, none)
+        .context("cannot make the share's own directories read-only")?;
+
     // Only now: the file shows the mounts below the root directory at the time it is opened.
     let mounts = openat(
         &proc_self,

@@ -45,11 +45,11 @@ fn all(title: &str, directory: &Path, share: &Share) {
         std::fs::write(directory.join(format!("old{number}")), "0123456789").unwrap();
     }
     let begin = Instant::now();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     println!("{:32} {:8.1?}", "start to mounted", begin.elapsed());
     let name = directory.file_name().unwrap().to_str().unwrap();
-    let parent = guest.lookup(ROOT, name).unwrap().node;
+    let parent = guest.lookup(guest.top, name).unwrap().node;
     let mut nodes = Vec::new();
     measure("lookup", &server, ROUNDS, |n| {
         nodes.push(guest.lookup(parent, &format!("old{n}")).unwrap().node);

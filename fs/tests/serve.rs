@@ -6,16 +6,17 @@ mod guest;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 
 use guest::*;
+use nix::mount::{MntFlags, umount2};
 
 #[test]
 fn what_the_guest_creates_is_on_the_host_with_the_guests_owner() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
-    std::fs::create_dir(share.path().join("home")).unwrap();
-    std::os::unix::fs::chown(share.path().join("home"), Some(1000), Some(1001)).unwrap();
+    std::fs::create_dir(share.writable().join("home")).unwrap();
+    std::os::unix::fs::chown(share.writable().join("home"), Some(1000), Some(1001)).unwrap();
 
-    let home = guest.lookup(ROOT, "home").unwrap().node;
+    let home = guest.lookup(guest.top, "home").unwrap().node;
     (guest.uid, guest.gid) = (1000, 1001);
     let (file, handle) = guest.create(home, "notes", 0o640).unwrap();
     assert_eq!((file.attr.uid, file.attr.gid), (1000, 1001));
@@ -28,7 +29,7 @@ fn what_the_guest_creates_is_on_the_host_with_the_guests_owner() {
         .call(RELEASE, file.node, &longs(&[handle, 0, 0]), 0)
         .unwrap();
 
-    let host = share.path().join("home/notes");
+    let host = share.writable().join("home/notes");
     let metadata = host.metadata().unwrap();
     assert_eq!(metadata.ino(), file.attr.ino);
     assert_eq!((metadata.uid(), metadata.gid()), (1000, 1001));
@@ -46,24 +47,29 @@ fn what_the_guest_creates_is_on_the_host_with_the_guests_owner() {
 #[test]
 fn links_special_files_attributes_and_renames_are_the_hosts() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
-    let path = |name: &str| share.path().join(name);
+    let path = |name: &str| share.writable().join(name);
 
     guest
-        .call(SYMLINK, ROOT, &names(&["soft", "to/where"]), Entry::LENGTH)
+        .call(
+            SYMLINK,
+            guest.top,
+            &names(&["soft", "to/where"]),
+            Entry::LENGTH,
+        )
         .unwrap();
     assert_eq!(
         std::fs::read_link(path("soft")).unwrap().to_str(),
         Some("to/where")
     );
-    let soft = guest.lookup(ROOT, "soft").unwrap().node;
+    let soft = guest.lookup(guest.top, "soft").unwrap().node;
     assert_eq!(guest.call(READLINK, soft, &[], 4096).unwrap(), b"to/where");
 
-    let (file, handle) = guest.create(ROOT, "one", 0o600).unwrap();
+    let (file, handle) = guest.create(guest.top, "one", 0o600).unwrap();
     let mut link = longs(&[file.node]);
     link.extend(names(&["two"]));
-    let linked = Entry::parse(&guest.call(LINK, ROOT, &link, Entry::LENGTH).unwrap());
+    let linked = Entry::parse(&guest.call(LINK, guest.top, &link, Entry::LENGTH).unwrap());
     assert_eq!((linked.node, linked.attr.nlink), (file.node, 2));
 
     for (name, kind) in [
@@ -73,7 +79,7 @@ fn links_special_files_attributes_and_renames_are_the_hosts() {
     ] {
         let mut node = words(&[kind | 0o644, 0x103, 0, 0]);
         node.extend(names(&[name]));
-        let entry = Entry::parse(&guest.call(MKNOD, ROOT, &node, Entry::LENGTH).unwrap());
+        let entry = Entry::parse(&guest.call(MKNOD, guest.top, &node, Entry::LENGTH).unwrap());
         assert_eq!(
             (entry.attr.mode, entry.attr.rdev),
             (kind | 0o644, 0x103 * u32::from(name == "device"))
@@ -96,10 +102,10 @@ fn links_special_files_attributes_and_renames_are_the_hosts() {
 
     // Exchange, then hole: RENAME_EXCHANGE; 1 MiB of nothing with a byte behind it; SEEK_DATA.
     std::fs::write(path("other"), "other").unwrap();
-    let mut exchange = longs(&[ROOT]);
+    let mut exchange = longs(&[guest.top]);
     exchange.extend(words(&[libc::RENAME_EXCHANGE, 0]));
     exchange.extend(names(&["one", "other"]));
-    guest.call(RENAME2, ROOT, &exchange, 0).unwrap();
+    guest.call(RENAME2, guest.top, &exchange, 0).unwrap();
     assert_eq!(std::fs::read(path("one")).unwrap(), b"other");
     guest.write(file.node, handle, 1 << 20, b"x").unwrap();
     let seek = [longs(&[handle, 0]), words(&[libc::SEEK_DATA as u32, 0])].concat();
@@ -115,10 +121,10 @@ fn links_special_files_attributes_and_renames_are_the_hosts() {
 #[test]
 fn a_write_takes_setuid_away() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
-    let (file, handle) = guest.create(ROOT, "tool", 0o755).unwrap();
-    let tool = share.path().join("tool");
+    let (file, handle) = guest.create(guest.top, "tool", 0o755).unwrap();
+    let tool = share.writable().join("tool");
     std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o4755)).unwrap();
     // FUSE_WRITE_KILL_SUIDGID, which the guest's kernel sets for a writer without CAP_FSETID.
     let mut body = longs(&[handle, 0]);
@@ -134,7 +140,7 @@ fn a_write_takes_setuid_away() {
 #[test]
 fn a_mount_made_later_appears_and_is_announced() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     let early = guest.lookup(ROOT, "rootfs");
     assert_eq!(early.err(), Some(libc::ENOENT));
@@ -148,7 +154,7 @@ fn a_mount_made_later_appears_and_is_announced() {
     let handle = guest.open(inside.node, libc::O_RDONLY).unwrap();
     assert_eq!(guest.read(inside.node, handle, 0, 10).unwrap(), b"hello");
 
-    nix::mount::umount2(&mounted, nix::mount::MntFlags::MNT_DETACH).unwrap();
+    umount2(&mounted, MntFlags::MNT_DETACH).unwrap();
     let below = guest.lookup(ROOT, "rootfs").unwrap();
     assert_ne!(below.node, root.node);
     assert_eq!(guest.lookup(below.node, "inside").err(), Some(libc::ENOENT));
@@ -160,7 +166,8 @@ fn what_is_in_a_volume_is_asked_for_each_time() {
     for directory in ["box/rootfs/mounts", "box/mounts/0"] {
         std::fs::create_dir_all(share.path().join(directory)).unwrap();
     }
-    let server = start(share.path());
+    share.mount_tmpfs("box/mounts/0/volume");
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     let mut walk = |path: &str| {
         let step = |(node, _), name| {
@@ -170,7 +177,7 @@ fn what_is_in_a_volume_is_asked_for_each_time() {
         path.split('/').fold((ROOT, (0, 0)), step)
     };
     assert_eq!(walk("box/rootfs/mounts").1, (1, 1));
-    let (volume, holds) = walk("box/mounts/0");
+    let (volume, holds) = walk("box/mounts/0/volume");
     assert_eq!(holds, (0, 0));
     let (file, _) = guest.create(volume, "new", 0o600).unwrap();
     assert_eq!(file.holds, (0, 0));
@@ -179,7 +186,7 @@ fn what_is_in_a_volume_is_asked_for_each_time() {
 #[test]
 fn nothing_outside_the_share_can_be_reached() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     let up = guest.lookup(ROOT, "..");
     assert!(up.is_err() || up.unwrap().node == ROOT);
@@ -192,9 +199,37 @@ fn nothing_outside_the_share_can_be_reached() {
 }
 
 #[test]
+fn the_guest_cannot_change_the_directories_in_which_the_shim_mounts() {
+    let share = Share::new();
+    std::fs::create_dir_all(share.path().join("box/mounts")).unwrap();
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    let place = guest.lookup(ROOT, "box").unwrap().node;
+    for parent in [ROOT, place] {
+        let link = names(&["next", "/etc"]);
+        let refused = guest.call(SYMLINK, parent, &link, Entry::LENGTH);
+        assert_eq!(refused.err(), Some(libc::EROFS));
+        let refused = guest.create(parent, "file", 0o600);
+        assert_eq!(refused.err(), Some(libc::EROFS));
+    }
+    let mut moved = longs(&[ROOT]);
+    moved.extend(names(&["mounts", "gone"]));
+    assert_eq!(guest.call(RENAME, place, &moved, 0), Err(libc::EROFS));
+    let removed = guest.call(RMDIR, place, &names(&["mounts"]), 0);
+    assert_eq!(removed, Err(libc::EROFS));
+    assert!(share.path().join("box/mounts").is_dir());
+    // The shim goes on making them, and what is mounted there is as it is.
+    let later = share.mount_tmpfs("box/later");
+    let inside = guest.lookup(place, "later").unwrap().node;
+    guest.create(inside, "file", 0o600).unwrap();
+    assert!(later.join("file").exists());
+    umount2(&later, MntFlags::MNT_DETACH).unwrap();
+}
+
+#[test]
 fn the_process_is_confined() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let guest = Guest::mount(&server);
     let process = format!("/proc/{}", server.child.id());
     // chown, dac_override, dac_read_search, fowner, fsetid, setgid, setuid, mknod, setfcap.
@@ -222,14 +257,15 @@ fn the_process_is_confined() {
         );
     }
     let mounts = std::fs::read_to_string(format!("{process}/mountinfo")).unwrap();
-    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    // The share, and what was mounted in it before.
+    assert_eq!(mounts.lines().count(), 2, "{mounts}");
     guest.disconnect();
 }
 
 #[test]
 fn it_ends_in_order_when_the_front_end_is_gone() {
     let share = Share::new();
-    let mut server = start(share.path());
+    let mut server = start(&share.path());
     Guest::mount(&server).disconnect();
     let (status, said) = server.end();
     assert!(status.success(), "{status}: {said}");
@@ -256,7 +292,7 @@ fn what_it_cannot_serve_it_refuses_in_one_sentence() {
 #[test]
 fn broken_requests_are_given_back_and_the_next_is_served() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     let outside = 1 << 40;
     let chains: [&[(u64, u32, u16)]; 6] = [
@@ -300,7 +336,7 @@ fn broken_requests_are_given_back_and_the_next_is_served() {
 fn inodes_the_guest_remembers_cost_no_descriptors() {
     const FILES: usize = 25_000;
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     let directory = share.mount_tmpfs("many");
     for number in 0..FILES {
@@ -321,14 +357,14 @@ fn inodes_the_guest_remembers_cost_no_descriptors() {
 #[test]
 fn directories_are_read_with_their_attributes() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     let made = words(&[0o755, 0])
         .into_iter()
         .chain(names(&["d"]))
         .collect::<Vec<_>>();
-    let directory = Entry::parse(&guest.call(MKDIR, ROOT, &made, Entry::LENGTH).unwrap()).node;
-    std::fs::write(share.path().join("d/file"), "12345").unwrap();
+    let directory = Entry::parse(&guest.call(MKDIR, guest.top, &made, Entry::LENGTH).unwrap()).node;
+    std::fs::write(share.writable().join("d/file"), "12345").unwrap();
     let handle = u64_at(
         &guest.call(OPENDIR, directory, &words(&[0, 0]), 16).unwrap(),
         0,
@@ -351,20 +387,20 @@ fn directories_are_read_with_their_attributes() {
     change.extend(longs(&[0, 2, 0, 0, 1234, 0]));
     change.extend(words(&[0; 10]));
     guest.call(SETATTR, file, &change, 104).unwrap();
-    let metadata = share.path().join("d/file").metadata().unwrap();
+    let metadata = share.writable().join("d/file").metadata().unwrap();
     assert_eq!((metadata.len(), metadata.mtime()), (2, 1234));
 }
 
 #[test]
 fn a_file_without_a_name_gets_one_later() {
     let share = Share::new();
-    let server = start(share.path());
+    let server = start(&share.path());
     let mut guest = Guest::mount(&server);
     (guest.uid, guest.gid) = (1000, 1001);
     let mut body = words(&[libc::O_RDWR as u32, libc::S_IFREG | 0o666, 0o027, 0]);
     body.extend(names(&["/"]));
     let reply = guest
-        .call(TMPFILE, ROOT, &body, Entry::LENGTH + 16)
+        .call(TMPFILE, guest.top, &body, Entry::LENGTH + 16)
         .unwrap();
     let (file, handle) = (Entry::parse(&reply), u64_at(&reply, 128));
     assert_eq!(
@@ -372,7 +408,7 @@ fn a_file_without_a_name_gets_one_later() {
         (0, libc::S_IFREG | 0o640)
     );
     assert_eq!((file.attr.uid, file.attr.gid), (1000, 1001));
-    assert_eq!(std::fs::read_dir(share.path()).unwrap().count(), 0);
+    assert_eq!(std::fs::read_dir(share.writable()).unwrap().count(), 0);
 
     assert_eq!(guest.write(file.node, handle, 0, b"unseen"), Ok(6));
     assert_eq!(guest.getattr(file.node).unwrap().size, 6);
@@ -382,10 +418,10 @@ fn a_file_without_a_name_gets_one_later() {
 
     let mut link = longs(&[file.node]);
     link.extend(names(&["published"]));
-    let named = Entry::parse(&guest.call(LINK, ROOT, &link, Entry::LENGTH).unwrap());
+    let named = Entry::parse(&guest.call(LINK, guest.top, &link, Entry::LENGTH).unwrap());
     assert_eq!((named.attr.ino, named.attr.nlink), (file.attr.ino, 1));
     assert_eq!(
-        std::fs::read(share.path().join("published")).unwrap(),
+        std::fs::read(share.writable().join("published")).unwrap(),
         b"unseen"
     );
     assert_eq!(guest.write(file.node, handle, 6, b" before"), Ok(7));

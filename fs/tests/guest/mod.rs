@@ -28,6 +28,8 @@ pub const READLINK: u32 = 5;
 pub const SYMLINK: u32 = 6;
 pub const MKNOD: u32 = 8;
 pub const MKDIR: u32 = 9;
+pub const RMDIR: u32 = 11;
+pub const RENAME: u32 = 12;
 pub const LINK: u32 = 13;
 pub const OPEN: u32 = 14;
 pub const READ: u32 = 15;
@@ -47,6 +49,7 @@ pub const TMPFILE: u32 = 51;
 
 /// The inode that a mount begins with.
 pub const ROOT: u64 = 1;
+const MOUNTED: &str = "mounted";
 /// FUSE_ATTR_SUBMOUNT.
 pub const SUBMOUNT: u32 = 1;
 
@@ -78,13 +81,25 @@ impl Share {
             directory: tempfile::tempdir().unwrap(),
         };
         let (path, none) = (share.path(), None::<&str>);
-        mount(Some(path), path, none, MsFlags::MS_BIND, none).unwrap();
-        mount(none, path, none, MsFlags::MS_SHARED, none).unwrap();
+        std::fs::create_dir(&path).unwrap();
+        mount(Some(&path), &path, none, MsFlags::MS_BIND, none).unwrap();
+        mount(none, &path, none, MsFlags::MS_SHARED, none).unwrap();
+        let store = share.directory.path().join("store");
+        for directory in [&store, &share.writable()] {
+            std::fs::create_dir(directory).unwrap();
+        }
+        let writable = share.writable();
+        mount(Some(&store), &writable, none, MsFlags::MS_BIND, none).unwrap();
         share
     }
 
-    pub fn path(&self) -> &Path {
-        self.directory.path()
+    pub fn path(&self) -> PathBuf {
+        self.directory.path().join("share")
+    }
+
+    /// What is mounted in it from the beginning, as a container's root file system is.
+    pub fn writable(&self) -> PathBuf {
+        self.path().join(MOUNTED)
     }
 
     /// Mounts a tmpfs on a new directory of the share.
@@ -105,7 +120,7 @@ impl Share {
 
 impl Drop for Share {
     fn drop(&mut self) {
-        let _ = umount2(self.path(), MntFlags::MNT_DETACH);
+        let _ = umount2(&self.path(), MntFlags::MNT_DETACH);
     }
 }
 
@@ -195,6 +210,8 @@ pub struct Guest {
     /// Who makes the requests.
     pub uid: u32,
     pub gid: u32,
+    /// The node of what is mounted in the share from the beginning.
+    pub top: u64,
 }
 
 impl Guest {
@@ -206,6 +223,7 @@ impl Guest {
         init.extend([0; 44]);
         let reply = guest.call(INIT, 0, &init, 64).expect("FUSE_INIT");
         assert_eq!(u32_at(&reply, 0), 7);
+        guest.top = guest.lookup(ROOT, MOUNTED).unwrap().node;
         guest
     }
 
@@ -274,6 +292,7 @@ impl Guest {
             unique: 0,
             uid: 0,
             gid: 0,
+            top: ROOT,
         }
     }
 
