@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use oci_spec::runtime::{Hooks, Process, Spec};
+use oci_spec::runtime::{Hooks, Spec};
 use protobuf::EnumOrUnknown;
 use sepal_protocol::config::Config;
 use sepal_protocol::cri::{DNSConfig, NamespaceMode, PodSandboxConfig};
@@ -84,6 +84,7 @@ impl PodSpec {
     /// The bundle's spec cannot be read, or asks for what a VM cannot be.
     pub fn of_container(id: &str, pod: &str, bundle: &Path, config: &Config) -> Result<Self> {
         let mut spec = spec::load(bundle)?;
+        let oom_score = spec::process(&spec)?.oom_score_adj();
         let annotations = spec.annotations().clone().unwrap_or_default();
         let role = Role::of(&annotations);
         let linux = spec.linux().as_ref();
@@ -100,11 +101,7 @@ impl PodSpec {
             cgroup: Cgroup::plan(cgroups_path, pod)?,
             bare: false,
             hostname: spec.hostname().clone().unwrap_or_default(),
-            oom_score: spec
-                .process()
-                .as_ref()
-                .and_then(Process::oom_score_adj)
-                .unwrap_or(0),
+            oom_score: oom_score.unwrap_or(0),
             sysctls,
             shm_size: spec::shm_size(&spec, &role),
             hook_state: hooks::State::creating(&spec, id, bundle, None),

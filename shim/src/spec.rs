@@ -202,15 +202,21 @@ pub fn is_sandbox(bundle: &Path) -> bool {
     bundle.iter().any(|part| part == SANDBOX_CONTROLLER) || !bundle.join("config.json").exists()
 }
 
+/// What a container runs.
+///
+/// # Errors
+/// A spec without it.
+pub fn process(spec: &Spec) -> Result<&Process, Error> {
+    spec.process().as_ref().ok_or(Error::NoProcess)
+}
+
 impl Plan {
     /// Rewrites a container's spec for the guest.
     ///
     /// # Errors
     /// The spec asks for what a guest cannot have, or for a mount source that is not there.
     pub fn new(mut spec: Spec, container: &str, role: &Role, bundle: &Path) -> Result<Self, Error> {
-        if spec.process().is_none() {
-            return Err(Error::NoProcess);
-        }
+        process(&spec)?;
         let in_guest = Path::new(paths::guest::SHARE).join(container);
         let read_only = spec
             .root()
