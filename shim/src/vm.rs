@@ -429,7 +429,18 @@ async fn supervise(
         vmm_status = tokio::time::timeout(CAUSE, wait(&vmm)).await.ok();
     }
     let reason = match (&vmm_status, &fs_status) {
-        (Some(status), _) => with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE]),
+        (Some(status), _) => {
+            if matches!(
+                cause(status),
+                Some(ExitCause::GuestPanic | ExitCause::GuestCrash)
+            ) {
+                // The directory goes with the pod, and the kernel's last words say what happened.
+                for line in lines(&directory.join(pod::CONSOLE)) {
+                    tracing::error!("guest: {line}");
+                }
+            }
+            with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE])
+        }
         (_, Some(status)) => {
             let text = format!("the pod's file server has ended ({})", describe(status));
             with_tails(text, &directory, &[FS_LOG])
@@ -470,12 +481,15 @@ fn describe(status: &Option<WaitStatus>) -> String {
     }
 }
 
-fn vmm_reason(status: &Option<WaitStatus>) -> String {
-    let cause = match status {
+fn cause(status: &Option<WaitStatus>) -> Option<ExitCause> {
+    match status {
         Some(WaitStatus::Exited(_, code)) => ExitCause::from_status(*code),
         _ => None,
-    };
-    match cause {
+    }
+}
+
+fn vmm_reason(status: &Option<WaitStatus>) -> String {
+    match cause(status) {
         Some(ExitCause::PowerOff) => "the guest has powered off".into(),
         Some(ExitCause::Reboot) => "the guest asked for a reboot, which a pod does not do".into(),
         Some(ExitCause::GuestPanic) => "the guest's kernel has panicked".into(),
@@ -496,9 +510,8 @@ fn with_tails(mut text: String, directory: &Path, files: &[&str]) -> String {
     text
 }
 
-/// The last lines of a log that tell something, printable: a guest writes what it likes to its
-/// console. After a panic of the guest's kernel that is the line which names the cause.
-pub fn tail(path: &Path) -> Vec<String> {
+/// The end of a log, printable: a guest writes what it likes to its console.
+fn lines(path: &Path) -> Vec<String> {
     let Ok(mut file) = File::open(path) else {
         return Vec::new();
     };
@@ -507,13 +520,18 @@ pub fn tail(path: &Path) -> Vec<String> {
     let mut bytes = Vec::new();
     let _ = file.take(TAIL_BYTES).read_to_end(&mut bytes);
     let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<String> = text
-        .lines()
+    text.lines()
         .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>())
         .map(|line| line.trim().to_string())
         // The VMM repeats the guest's last words, which are in the console's own log.
         .filter(|line| !line.is_empty() && !line.starts_with("guest: "))
-        .collect();
+        .collect()
+}
+
+/// The last lines of a log that tell something. After a panic of the guest's kernel that is the line
+/// which names the cause.
+pub fn tail(path: &Path) -> Vec<String> {
+    let lines = lines(path);
     if let Some(panic) = lines.iter().rfind(|line| line.contains(PANIC)) {
         return vec![panic.clone()];
     }
