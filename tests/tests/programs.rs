@@ -113,9 +113,16 @@ fn postgres<'bed>(bed: &'bed Bed, data: &str) -> Container<'bed> {
         "PGHOST=/tmp",
     ];
     let server = bed.nerdctl_start(&options, &bed.image("postgresql"), &["sh", "-c", line]);
-    // One exec that waits: under emulation a client per look takes half the processor.
+    // One exec that waits, and looks seldom: under emulation each program that starts takes a second.
     server
-        .exec_command(&[], ["sh", "-c", "until pg_isready -q; do sleep 0.2; done"])
+        .exec_command(
+            &[],
+            [
+                "sh",
+                "-c",
+                "until [ -S /tmp/.s.PGSQL.5432 ] && pg_isready -q; do sleep 1; done",
+            ],
+        )
         .run()
         .success();
     server
