@@ -11,7 +11,7 @@ export SEPAL_CACHE ?= /var/cache/sepal
 KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
-.PHONY: build programs kernel image deps lint unit e2e-native e2e-node test demo bench install clean
+.PHONY: build programs kernel image deps lint unit e2e-native e2e-node test demo bench install node-image clean
 
 ## build: programs, guest kernels and guest image
 build: programs kernel image
@@ -32,6 +32,10 @@ image: programs
 ## install: put what was built under /opt/sepal and the shim on containerd's PATH
 install: build
 	deploy/install --bin $(BIN)
+
+## node-image: the image that installs Sepal on Kubernetes' nodes, as an OCI archive
+node-image: build
+	deploy/node/image --bin $(BIN)
 
 ## demo: a Debian container and an nginx pod in microVMs, on this machine
 demo: build
