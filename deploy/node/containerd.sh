@@ -205,8 +205,9 @@ backup_of() { printf '%s.before-sepal\n' "$1"; }
 configure_containerd() {
   local before
   changed=
+  if [ -n "$main" ] && [ -e "$host$main" ]; then without_sepal "$host$main" >"$work/pristine"; fi
+  if by_hand; then return; fi
   if [ -n "$main" ]; then
-    [ ! -e "$host$main" ] || without_sepal "$host$main" >"$work/pristine"
     with_sepal "$work/pristine" >"$work/main"
     cmp -s "$work/main" "$host$main" || changed=yes
   fi
@@ -236,6 +237,20 @@ configure_containerd() {
   fi
   [ "$distribution" != kubeadm ] || verify "$before"
 }
+
+# An administrator's own handler is left as it is.
+by_hand() {
+  local file=
+  if [ -e "$work/pristine" ] && grep -q "^[^#]*containerd\.runtimes\.sepal[].]" "$work/pristine"; then
+    file=$main
+  elif [ -n "$dropin" ] && [ -e "$host$dropin" ] && ! is_our_dropin "$host$dropin"; then
+    file=$dropin
+  fi
+  [ -n "$file" ] || return 1
+  say "the handler sepal is in $file already, made by hand: left as it is"
+}
+
+is_our_dropin() { head -n 1 "$1" | grep -qxF "$import_mark"; }
 
 replace_main() { # FILE: its content under the main file's name, mode and owner
   mkdir -p "$host$(dirname "$main")"
@@ -286,7 +301,7 @@ unconfigure_containerd() {
   )
   for file in "$host"/etc/containerd/*/sepal.toml "$host"/var/lib/rancher/*/agent/etc/containerd/*/sepal.toml \
     ${dropin:+"$host$dropin"}; do
-    if [ -f "$file" ] && head -n 1 "$file" | grep -qxF "$import_mark"; then
+    if [ -f "$file" ] && is_our_dropin "$file"; then
       remove_file "${file#"$host"}"
       changed=yes
     fi
