@@ -1,5 +1,5 @@
 # The runtime handler "sepal" in a node's containerd configuration. To be sourced by sepal-node, which
-# sets `host`, the node's root. Paths in here are the node's; "$host$path" is where they are for us.
+# sets `host`, the node's root, and `prefix`. Paths in here are the node's; "$host$path" is where they are for us.
 #
 #   containerd 2.x    a drop-in, and an import line where the configuration imports no folder
 #   containerd 1.7    lines at the end of the main file: it does not merge an imported section with
@@ -13,6 +13,8 @@
 mark_begin='# BEGIN sepal: kept by its node installer'
 mark_end='# END sepal'
 import_mark='# sepal: kept by its node installer'
+# There from a change of the configuration until containerd has read it.
+pending=$prefix/restart-pending
 stub_mark='# Made by the node installer of sepal; it goes with it while nothing else is in it.'
 
 # Decides what to write. Sets `service`, `schema` (of the configuration), `main` (the file that gets
@@ -206,6 +208,8 @@ configure_containerd() {
   local before
   changed=
   if [ -n "$main" ] && [ -e "$host$main" ]; then without_sepal "$host$main" >"$work/pristine"; fi
+  # A run that was killed between the change and the restart.
+  if [ -e "$host$pending" ]; then changed=yes; fi
   if by_hand; then return; fi
   if [ -n "$main" ]; then
     with_sepal "$work/pristine" >"$work/main"
@@ -226,6 +230,7 @@ configure_containerd() {
   [ ! -e "$host$main" ] || [ -z "$main" ] || cp -p "$host$main" "$work/main.old"
   [ ! -e "$host$dropin" ] || [ -z "$dropin" ] || cp -p "$host$dropin" "$work/dropin.old"
   did_containerd=yes
+  touch "$host$pending"
 
   if [ -n "$dropin" ]; then put 644 "$work/dropin" "$host$dropin"; fi
   if [ -n "$main" ] && ! cmp -s "$work/main" "$host$main"; then
@@ -290,6 +295,7 @@ undo_containerd() {
 unconfigure_containerd() {
   local file folder
   changed=
+  if [ -e "$host$pending" ]; then changed=yes; fi
   while read -r file; do
     [ -f "$host$file" ] && [ ! -L "$host$file" ] || continue
     remove_from "$file"
@@ -302,10 +308,16 @@ unconfigure_containerd() {
   for file in "$host"/etc/containerd/*/sepal.toml "$host"/var/lib/rancher/*/agent/etc/containerd/*/sepal.toml \
     ${dropin:+"$host$dropin"}; do
     if [ -f "$file" ] && is_our_dropin "$file"; then
+      change
       remove_file "${file#"$host"}"
-      changed=yes
     fi
   done
+}
+
+# The configuration is about to change.
+change() {
+  changed=yes
+  [ ! -d "$host$prefix" ] || touch "$host$pending"
 }
 
 remove_from() { # MAIN: a file that may have lines of ours
@@ -313,7 +325,7 @@ remove_from() { # MAIN: a file that may have lines of ours
   backup=$host$(backup_of "$1")
   without_sepal "$host$main" >"$work/pristine"
   if ! cmp -s "$work/pristine" "$host$main"; then
-    changed=yes
+    change
     if [ "$(head -n 1 "$work/pristine")" = "$stub_mark" ] && [ "$(wc -l <"$work/pristine")" -eq 2 ]; then
       remove_file "$main"
     elif [ -e "$backup" ] && [ "$(cat "$backup")" = "$(cat "$work/pristine")" ]; then
@@ -340,6 +352,7 @@ restart_containerd() {
   restarted=yes
   on_host systemctl restart "$service" || return 1
   on_host systemctl is-active --quiet "$service" || return 1
+  rm -f "$host$pending"
   [ "$distribution" != kubeadm ] || return 0
   # These write containerd's configuration when they start.
   local generated=/var/lib/rancher/$distribution/agent/etc/containerd/config.toml waited=0
