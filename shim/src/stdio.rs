@@ -139,28 +139,24 @@ impl Rest {
 
 impl Progress {
     fn wrote(&self, bytes: usize) {
-        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.written.fetch_add(bytes as u64, Ordering::Release);
     }
 
     /// `handed`: bytes that the guest had sent when the process ended, if it said so.
     fn rest(&self, handed: Option<u64>) -> Rest {
-        let (read, written) = (
-            self.read.load(Ordering::Acquire),
-            self.written.load(Ordering::Relaxed),
-        );
+        // In the order that bytes take: what moves meanwhile is seen further on.
+        let copying = self.copying.load(Ordering::Acquire);
+        let read = self.read.load(Ordering::Acquire);
+        let written = self.written.load(Ordering::Acquire);
         let fifo = lock(&self.fifo).upgrade();
         let in_fifo = fifo.map_or(0, |fifo| sys::unread(&*fifo).unwrap_or(0));
-        let copying = self.copying.load(Ordering::Acquire);
         Rest {
             owed: match handed {
                 _ if !copying => 0,
                 Some(handed) => handed.saturating_sub(read),
                 None => u64::MAX,
             },
-            unread: match copying {
-                true => read.saturating_sub(written) + in_fifo,
-                false => in_fifo,
-            },
+            unread: read.saturating_sub(written) + in_fifo,
         }
     }
 }
