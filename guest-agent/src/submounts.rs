@@ -9,11 +9,9 @@
 //!
 //! Runs as one task per container that has such a volume.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +20,7 @@ use std::time::Duration;
 use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, setns};
 use oci_spec::runtime::Spec;
+use sepal_protocol::mountinfo::unescape;
 
 use crate::launch;
 use crate::process::Process;
@@ -105,26 +104,6 @@ fn submounts(mountinfo: &[u8], volumes: &[PathBuf]) -> Vec<PathBuf> {
         (kind == b"virtiofs" && volumes.iter().any(below)).then_some(point)
     };
     mountinfo.split(|&b| b == b'\n').filter_map(point).collect()
-}
-
-/// Space, tab, newline and backslash are octal in mountinfo.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).and_then(|d| std::str::from_utf8(d).ok());
-        match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
-            Some(value) if byte == b'\\' => {
-                bytes.push(value);
-                rest = &after[3..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = after;
-            }
-        }
-    }
-    OsString::from_vec(bytes).into()
 }
 
 #[cfg(test)]

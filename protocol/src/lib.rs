@@ -15,6 +15,7 @@
 pub mod config;
 pub mod control;
 pub mod image;
+pub mod mountinfo;
 pub mod paths;
 pub mod ports;
 pub mod ready;

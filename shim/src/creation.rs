@@ -162,12 +162,14 @@ impl Pod {
         stdio: Stdio,
     ) -> Result<(Arc<Up>, hooks::State)> {
         let up = self.up().await?;
-        // It serves, so the file server is in the namespace that it serves from.
-        let (share, id, binds) = (self.share.clone(), asked.id.clone(), plan.binds.clone());
-        let server = up.vm.file_server();
-        tokio::task::spawn_blocking(move || share.attach(&id, &binds, server.as_fd()))
-            .await
-            .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
+        if !plan.binds.is_empty() {
+            // It serves, so the file server is in the namespace that it serves from.
+            let (share, id, binds) = (self.share.clone(), asked.id.clone(), plan.binds.clone());
+            let server = up.vm.file_server();
+            tokio::task::spawn_blocking(move || share.attach(&id, &binds, server.as_fd()))
+                .await
+                .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
+        }
         if first {
             let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
             up.vm.enter_root(&root).await?;

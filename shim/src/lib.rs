@@ -1,9 +1,10 @@
 //! The shim: containerd's runtime v2 service for pods that are virtual machines.
 //!
-//! Read in this order: [`task`] and [`sandbox`] (RPC in, event out), [`creation`] and [`service`] (what is done for
-//! a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its guest). [`podspec`],
-//! [`spec`], [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`], [`forward`], [`cgroup`],
-//! [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes what they do, also after a crash.
+//! Read in this order: [`task`] and [`sandbox`] (RPC in, event out), [`creation`] and [`service`]
+//! (what is done for a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its
+//! guest). [`podspec`], [`spec`], [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`],
+//! [`forward`], [`cgroup`], [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes what they do,
+//! also after a crash.
 
 pub mod agent;
 pub mod annotations;

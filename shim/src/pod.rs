@@ -50,6 +50,27 @@ pub struct Identity {
     pub bundle: PathBuf,
 }
 
+/// What it takes to begin a pod, but for what the pod shall be.
+pub struct Beginning {
+    /// Who the pod will be.
+    pub identity: Identity,
+    /// Where pods' directories are.
+    pub state_root: PathBuf,
+    /// What the node's administrator wants.
+    pub config: Config,
+    /// Events to containerd.
+    pub events: Events,
+    /// Where the time goes.
+    pub timeline: Timeline,
+}
+
+impl Beginning {
+    /// Name of the pod's directory.
+    pub fn name(&self) -> String {
+        PodState::pod_id(&self.identity.namespace, &self.identity.id)
+    }
+}
+
 type Outcome = std::result::Result<Arc<Up>, Arc<Error>>;
 
 /// The one pod of this process.
@@ -93,15 +114,15 @@ impl Pod {
     ///
     /// # Errors
     /// The directory belongs to a living pod, or cannot be made.
-    pub async fn begin(
-        identity: Identity,
-        state_root: &Path,
-        config: Config,
-        spec: PodSpec,
-        events: Events,
-        timeline: Timeline,
-    ) -> Result<Arc<Self>> {
-        let name = PodState::pod_id(&identity.namespace, &identity.id);
+    pub async fn begin(beginning: Beginning, spec: PodSpec) -> Result<Arc<Self>> {
+        let name = beginning.name();
+        let Beginning {
+            identity,
+            state_root,
+            config,
+            events,
+            timeline,
+        } = beginning;
         let directory = state_root.join(&name);
         if directory.exists() {
             if PodState::load(&directory).is_ok_and(|state| state.shim.alive()) {

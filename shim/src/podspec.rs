@@ -178,9 +178,7 @@ fn check_namespaces(wanted: &PodSandboxConfig) -> Result<()> {
         return Err(spec::Error::HostNetwork.into());
     }
     match namespaces.userns_options.as_ref() {
-        Some(users) if users.mode != node => Err(Error::Unsupported {
-            what: "a pod with a user namespace of its own (hostUsers: false)",
-        }),
+        Some(users) if users.mode != node => Err(spec::Error::UserNamespace.into()),
         _ => Ok(()),
     }
 }

@@ -19,6 +19,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use sepal_protocol::mountinfo::unescape;
 use sepal_protocol::paths;
 
 use crate::spec::Bind;
@@ -279,33 +280,16 @@ pub fn unmount_below(path: &Path) {
 
 /// Mount points at or below a path in a mountinfo, in the order they were mounted.
 fn mount_points_below(mountinfo: &str, path: &Path) -> Vec<PathBuf> {
-    let point = |line: &str| line.split(' ').nth(4).map(unescape);
+    let point = |line: &str| {
+        line.split(' ')
+            .nth(4)
+            .map(|field| unescape(field.as_bytes()))
+    };
     mountinfo
         .lines()
         .filter_map(point)
         .filter(|p| p.starts_with(path))
         .collect()
-}
-
-/// Space, tab, newline and backslash are octal in mountinfo, proc_pid_mountinfo(5).
-fn unescape(field: &str) -> PathBuf {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field.as_bytes();
-    while let Some((&byte, after)) = rest.split_first() {
-        let octal = after.get(..3).and_then(|d| std::str::from_utf8(d).ok());
-        match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
-            Some(value) if byte == b'\\' => {
-                bytes.push(value);
-                rest = &after[3..];
-            }
-            _ => {
-                bytes.push(byte);
-                rest = after;
-            }
-        }
-    }
-    std::ffi::OsString::from_vec(bytes).into()
 }
 
 fn mount_root(entry: &RootMount, target: &Path) -> Result<(), Error> {

@@ -7,7 +7,6 @@
 //! failed is followed by ShutdownSandbox.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -24,21 +23,17 @@ use containerd_shim_protos::sandbox_api::{
 use containerd_shim_protos::sandbox_async::Sandbox;
 use containerd_shim_protos::ttrpc;
 use containerd_shim_protos::ttrpc::r#async::TtrpcContext;
-use sepal_protocol::config::Config;
-use sepal_protocol::state::PodState;
 use tokio::sync::Notify;
 use tracing::Instrument;
 
 use crate::container::lock;
 use crate::error::{Error, Result};
-use crate::events::Events;
-use crate::pod::{Identity, Pod};
+use crate::pod::{Beginning, Pod};
 use crate::podspec::{PodSpec, SandboxRequest};
 use crate::seat::Seat;
 use crate::spec::Network;
 use crate::stats;
 use crate::task::status;
-use crate::timeline::Timeline;
 
 /// States of a sandbox, by the names of Kubernetes' PodSandboxState.
 const READY: &str = "SANDBOX_READY";
@@ -47,20 +42,6 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 /// How long the shim lives on after ShutdownSandbox: its answer must be out before the connection
 /// breaks, which containerd takes for a failure.
 const ANSWER: Duration = Duration::from_millis(50);
-
-/// What it takes to begin the pod.
-pub struct Beginning {
-    /// Who the pod will be.
-    pub identity: Identity,
-    /// Where pods' directories are.
-    pub state_root: PathBuf,
-    /// What the node's administrator wants.
-    pub config: Config,
-    /// Events to containerd.
-    pub events: Events,
-    /// Where the time goes.
-    pub timeline: Timeline,
-}
 
 /// The service of this shim's sandbox.
 pub struct SandboxService {
@@ -109,28 +90,19 @@ impl SandboxService {
             }
             Err(e) => return Err(Error::Pod(e.clone())),
         };
-        let identity = &beginning.identity;
         let asked = SandboxRequest {
             id: request.sandbox_id,
-            bundle: identity.bundle.clone(),
+            bundle: beginning.identity.bundle.clone(),
             options: request.options.into_option(),
             netns: request.netns_path,
             annotations: request.annotations,
         };
-        let name = PodState::pod_id(&identity.namespace, &identity.id);
-        let spec = PodSpec::of_sandbox(&asked, &name, &beginning.config)?;
+        let spec = PodSpec::of_sandbox(&asked, &beginning.name(), &beginning.config)?;
         let Ok(Some(beginning)) = std::mem::replace(&mut *place, Ok(None)) else {
             return Err(Error::NotCreated);
         };
-        let Beginning {
-            identity,
-            state_root,
-            config,
-            events,
-            timeline,
-        } = beginning;
-        timeline.note("sandbox-asked");
-        let pod = Pod::begin(identity, &state_root, config, spec, events, timeline).await?;
+        beginning.timeline.note("sandbox-asked");
+        let pod = Pod::begin(beginning, spec).await?;
         self.seat.take(Ok(pod));
         Ok(())
     }

@@ -13,14 +13,13 @@ use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use sepal_protocol::config::{Config, LogLevel};
-use sepal_protocol::state::PodState;
 use tokio::sync::Notify;
 
 use crate::error::{Error, Result};
 use crate::events::Events;
-use crate::pod::{Identity, Pod};
+use crate::pod::{Beginning, Identity, Pod};
 use crate::podspec::PodSpec;
-use crate::sandbox::{Beginning, SandboxService};
+use crate::sandbox::SandboxService;
 use crate::seat::Seat;
 use crate::task::TaskService;
 use crate::timeline::Timeline;
@@ -113,14 +112,8 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
 
 /// Begins the pod whose first container is the bundle's.
 async fn begin_with_container(beginning: Result<Beginning>) -> Result<Arc<Pod>> {
-    let Beginning {
-        identity,
-        state_root,
-        config,
-        events,
-        timeline,
-    } = beginning?;
-    let name = PodState::pod_id(&identity.namespace, &identity.id);
-    let spec = PodSpec::of_container(&identity.id, &name, &identity.bundle, &config)?;
-    Pod::begin(identity, &state_root, config, spec, events, timeline).await
+    let beginning = beginning?;
+    let (name, identity) = (beginning.name(), &beginning.identity);
+    let spec = PodSpec::of_container(&identity.id, &name, &identity.bundle, &beginning.config)?;
+    Pod::begin(beginning, spec).await
 }

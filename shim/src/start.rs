@@ -28,6 +28,7 @@ const MAX_INPUT: u64 = 10 << 20;
 /// running this program for each; but it also closes a container's connection at once when that is
 /// deleted, and a signal that crosses the deletion fails the pod's end ("ttrpc: closed").
 const TASK_VERSION: i32 = 2;
+
 /// Environment variable in which the time of the start travels to the server.
 pub const STARTED: &str = "SEPAL_STARTED_US";
 

@@ -189,16 +189,8 @@ pub fn reap(pidfd: impl AsFd) -> Result<Option<WaitStatus>> {
 /// # Errors
 /// setns failed, or the thread could not be made or has panicked.
 pub fn in_netns<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        std::thread::Builder::new()
-            .name("netns".into())
-            .spawn_scoped(scope, move || {
-                setns(netns, CloneFlags::CLONE_NEWNET)?;
-                Ok(work())
-            })?
-            .join()
-            .map_err(|_| Error::other("the thread in the pod's network namespace has panicked"))?
-    })
+    let enter = || setns(netns, CloneFlags::CLONE_NEWNET);
+    aside("netns", enter, work)
 }
 
 /// Runs `work` on a thread of its own in the mount namespace of a process, whose root directory is
@@ -210,17 +202,29 @@ pub fn in_mount_namespace<T: Send>(
     pidfd: BorrowedFd<'_>,
     work: impl FnOnce() -> T + Send,
 ) -> Result<T> {
+    let enter = || {
+        // The root directory is the process's, not the thread's, unless that is said.
+        unshare(CloneFlags::CLONE_FS)?;
+        setns(pidfd, CloneFlags::CLONE_NEWNS)
+    };
+    aside("mounts", enter, work)
+}
+
+/// Runs `work` on a thread of its own that has entered a namespace: it ends with the thread.
+fn aside<T: Send>(
+    name: &str,
+    enter: impl FnOnce() -> nix::Result<()> + Send,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T> {
     std::thread::scope(|scope| {
         std::thread::Builder::new()
-            .name("mounts".into())
+            .name(name.into())
             .spawn_scoped(scope, move || {
-                // The root directory is the process's, not the thread's, unless that is said.
-                unshare(CloneFlags::CLONE_FS)?;
-                setns(pidfd, CloneFlags::CLONE_NEWNS)?;
+                enter()?;
                 Ok(work())
             })?
             .join()
-            .map_err(|_| Error::other("the thread in the file server's namespace has panicked"))?
+            .map_err(|_| Error::other(format!("the thread {name} has panicked")))?
     })
 }
 
