@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::{
@@ -28,6 +29,13 @@ use crate::seat::Seat;
 use crate::stats;
 use crate::stdio::Wanted;
 use crate::{agent, spec, vm};
+
+/// After the pod's last container is deleted, how long containerd may take to call Shutdown.
+///
+/// Its own limit for that call is 3 s. But a client that goes away while containerd deletes its task
+/// takes the whole call with it: the container is gone, Shutdown never comes, and whoever asks later
+/// is told that there is no such task. A shim that leaves is one that containerd cleans up after.
+const SHUTDOWN: Duration = Duration::from_secs(5);
 
 /// The service of this shim's pod.
 #[derive(Clone)]
@@ -147,6 +155,36 @@ impl TaskService {
         Ok(response)
     }
 
+    /// Whether this shim has served its purpose: with other containers of the pod still there a call
+    /// was for one that is gone, and a pod without a container of its own ends by ShutdownSandbox.
+    fn is_over(&self) -> bool {
+        match self.pod() {
+            Ok(pod) => !pod.spec.bare && lock(&pod.containers).is_empty(),
+            Err(Error::NotCreated) => false,
+            Err(_) => true,
+        }
+    }
+
+    async fn do_delete(&self, request: &DeleteRequest) -> Result<DeleteResponse> {
+        let (pid, exit) = self.pod()?.delete(&request.id, &request.exec_id).await?;
+        if self.is_over() {
+            let this = self.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(SHUTDOWN).await;
+                if this.is_over() {
+                    tracing::warn!("containerd has deleted the pod and forgotten its shim");
+                    this.exit.notify_one();
+                }
+            });
+        }
+        Ok(DeleteResponse {
+            pid,
+            exit_status: exit.status,
+            exited_at: exit.timestamp(),
+            ..Default::default()
+        })
+    }
+
     async fn do_stats(&self, id: &str) -> Result<StatsResponse> {
         let metrics = stats::metrics(&self.pod()?.stats(id).await?);
         Ok(StatsResponse {
@@ -217,15 +255,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        answer!("delete", r.id, {
-            let (pid, exit) = self.pod()?.delete(&r.id, &r.exec_id).await?;
-            Ok(DeleteResponse {
-                pid,
-                exit_status: exit.status,
-                exited_at: exit.timestamp(),
-                ..Default::default()
-            })
-        })
+        answer!("delete", r.id, self.do_delete(&r).await)
     }
 
     async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -346,14 +376,7 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // With other containers of the pod still there, this call was for one that is gone; and a
-        // pod without a container of its own ends by ShutdownSandbox.
-        let over = match self.pod() {
-            Ok(pod) => !pod.spec.bare && lock(&pod.containers).is_empty(),
-            Err(Error::NotCreated) => false,
-            Err(_) => true,
-        };
-        if over {
+        if self.is_over() {
             self.exit.notify_one();
         }
         Ok(Empty::new())

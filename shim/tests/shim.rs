@@ -12,13 +12,22 @@ use containerd_shim_protos::api::*;
 use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::ttrpc;
-use sepal_protocol::state::PodState;
+use sepal_protocol::state::{PodState, ProcessRef};
 
 /// Becomes the stand-in when the shim has started this binary; a test of nothing otherwise.
 #[test]
 fn stand_in_for_the_vmm() {
     if std::env::var_os("SEPAL_STAND_IN").is_some() {
         common::vmm();
+    }
+}
+
+/// The shim ends within so many seconds. Unasked it does so 5 s after the deletion.
+async fn leaves(shim: &ProcessRef, seconds: u64) {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    while shim.alive() {
+        assert!(Instant::now() < deadline, "the shim is left");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
@@ -101,11 +110,23 @@ async fn a_container_runs_from_create_to_shutdown_and_leaves_nothing() {
         .unwrap();
     bed.wait_for_topic("delete").await;
     assert_eq!(bed.topics(), ["create", "start", "exit", "delete"]);
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while state.shim.alive() {
-        assert!(Instant::now() < deadline, "the shim is left");
-        tokio::time::sleep(Duration::from_millis(10)).await;
+    leaves(&state.shim, 4).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_whose_pod_is_deleted_leaves_also_when_nobody_calls_shutdown() {
+    if !is_root() {
+        return;
     }
+    let bed = Bed::new("forgotten", &["true"]).await;
+    let task = bed.start().await;
+    task.create(within(), &bed.create_request()).await.unwrap();
+    task.start(within(), &start_of(&bed.id)).await.unwrap();
+    let state = PodState::load(&bed.pod()).unwrap();
+    task.wait(within(), &wait_of(&bed.id)).await.unwrap();
+    task.delete(within(), &delete_of(&bed.id)).await.unwrap();
+    leaves(&state.shim, 30).await;
+    bed.assert_nothing_left(&state);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -308,13 +329,10 @@ async fn what_cannot_start_says_why_and_leaves_nothing() {
             ..Default::default()
         };
         let shim = task.connect(within(), &connect).await.unwrap().shim_pid;
+        let shim = ProcessRef::of(shim).unwrap();
         task.shutdown(within(), &ShutdownRequest::new())
             .await
             .unwrap();
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while sepal_protocol::state::ProcessRef::of(shim).is_some() {
-            assert!(Instant::now() < deadline, "the shim is left");
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
+        leaves(&shim, 4).await;
     }
 }

@@ -71,6 +71,32 @@ fn killing(what: PodProcess) {
 
 #[test]
 #[ignore = "needs a bed: tests/run"]
+fn a_client_killed_while_its_task_is_deleted_leaves_no_shim() {
+    let bed = Bed::alone();
+    if !bed.has_vm() {
+        // runc's shim stays when containerd's call is cancelled between Delete and Shutdown.
+        return;
+    }
+    // A deletion takes about 0.1 s: some of these hit the moment when the shim has done its part and
+    // containerd has not.
+    for delay in (0..10).map(|round| bed.scaled(0.02, 0.5) * f64::from(round)) {
+        let container = bed.ctr_start(&[], &bed.busybox(), &["true"]);
+        eventually(
+            "the task stops",
+            bed.scaled(seconds(20), seconds(120)),
+            || (container.status()? == "STOPPED").then_some(()),
+        );
+        let line = format!(
+            "ctr task rm {} >/dev/null 2>&1 & sleep {delay}; kill -9 $!; wait $! 2>/dev/null; true",
+            container.id()
+        );
+        bed.sh(&line).run().success();
+    }
+    bed.assert_nothing_left();
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
 fn the_vmm_is_killed() {
     killing(PodProcess::Vmm);
 }
