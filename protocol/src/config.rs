@@ -16,6 +16,9 @@ pub const ENV: &str = "SEPAL_CONFIG";
 pub const MAX_VCPUS: u8 = 64;
 /// Least RAM of a VM, in MiB: below it the guest's kernel and agent leave no room for a container.
 pub const MIN_MEMORY: u64 = 64;
+/// Two files of an installation, below its directory.
+const VMM: &str = "bin/sepal-vmm";
+const KERNEL: &str = "share/vmlinux";
 /// Longest configuration file that is read, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
 
@@ -94,13 +97,15 @@ impl LogLevel {
 
 impl Default for Config {
     fn default() -> Self {
+        let program = std::env::current_exe().unwrap_or_default();
+        let prefix = installation_of(&program).unwrap_or(Path::new(paths::PREFIX));
         Self {
-            vmm: "/opt/sepal/bin/sepal-vmm".into(),
-            fs: "/opt/sepal/bin/sepal-fs".into(),
-            kernel: "/opt/sepal/share/vmlinux".into(),
-            kernel_deprivileged: "/opt/sepal/share/vmlinux-deprivileged".into(),
-            image: "/opt/sepal/share/guest.erofs".into(),
-            debug_image: "/opt/sepal/share/guest-debug.erofs".into(),
+            vmm: prefix.join(VMM),
+            fs: prefix.join("bin/sepal-fs"),
+            kernel: prefix.join(KERNEL),
+            kernel_deprivileged: prefix.join("share/vmlinux-deprivileged"),
+            image: prefix.join("share/guest.erofs"),
+            debug_image: prefix.join("share/guest-debug.erofs"),
             initrd: None,
             debug: false,
             kernel_args: String::new(),
@@ -116,6 +121,16 @@ impl Default for Config {
             agent_timeout_s: 30,
         }
     }
+}
+
+/// The directory of the installation that a program belongs to, by its real path. Several versions lie
+/// side by side, and a pod must not begin with the shim of one and the VMM of the next because an
+/// upgrade came between.
+fn installation_of(program: &Path) -> Option<&Path> {
+    let bin = program.parent()?;
+    let prefix = bin.parent()?;
+    let whole = bin.ends_with("bin") && [VMM, KERNEL].iter().all(|f| prefix.join(f).exists());
+    whole.then_some(prefix)
 }
 
 /// Why there is no configuration.
@@ -278,6 +293,21 @@ mod tests {
 
     fn parse(text: &str) -> Result<Config, Error> {
         Config::parse(text, Path::new("c.toml"))
+    }
+
+    #[test]
+    fn a_program_uses_the_files_of_its_own_version() {
+        let prefix = tempfile::tempdir().unwrap();
+        let version = prefix.path().join("versions/1.2.3");
+        let program = version.join("bin/containerd-shim-sepal-v2");
+        assert_eq!(installation_of(&program), None, "not installed there");
+        for file in [VMM, KERNEL] {
+            std::fs::create_dir_all(version.join(file).parent().unwrap()).unwrap();
+            std::fs::write(version.join(file), "").unwrap();
+        }
+        assert_eq!(installation_of(&program), Some(&*version));
+        assert_eq!(installation_of(Path::new("/usr/bin/sepal")), None);
+        assert_eq!(installation_of(Path::new("")), None);
     }
 
     #[test]

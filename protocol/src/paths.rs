@@ -2,6 +2,8 @@
 
 /// Where the state of all pods lives on the host: one directory per pod.
 pub const STATE_ROOT: &str = "/run/sepal";
+/// Where an installation is unless the program that asks belongs to another (deploy/install).
+pub const PREFIX: &str = "/opt/sepal";
 /// The configuration file, unless `SEPAL_CONFIG` names another.
 pub const CONFIG: &str = "/etc/sepal/config.toml";
 
