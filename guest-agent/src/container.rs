@@ -3,14 +3,13 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::{
-    LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    Spec,
+    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Spec,
 };
 use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo, RootFs};
 use sepal_protocol::paths;
@@ -21,6 +20,7 @@ use crate::error::{Context, Error, Result};
 use crate::events::{Events, OomWatch};
 use crate::guest;
 use crate::launch::{self, Job, Kind, Launched};
+use crate::nodes::Nodes;
 use crate::plan::{self, Facts, Plan};
 use crate::podinit::{PodInit, SharedPid};
 use crate::process::{Asked, Process, send_signal};
@@ -110,11 +110,12 @@ impl Container {
                 mount_block(with, &rootfs, &root).await?;
             }
             remains.mounts = mounts_of(&spec, &root, &id);
+            let nodes = Nodes::of(&request.disks).await?;
             let plan = {
                 let facts = Facts {
                     cpus: guest::cpus_present(),
                     cgroup_file: &|name| cgroup.path().join(name).exists(),
-                    device: &guest_device,
+                    device: &|device| nodes.find(device),
                 };
                 plan::container(spec, &request.shared_namespaces, &root, &facts)?
             };
@@ -375,7 +376,7 @@ impl Container {
         let facts = Facts {
             cpus: guest::cpus_present(),
             cgroup_file: &|name| self.cgroup.path().join(name).exists(),
-            device: &guest_device,
+            device: &|_| None,
         };
         let mut left_out = Vec::new();
         plan::adapt_resources(&mut resources, &[], &mut left_out, &facts);
@@ -652,26 +653,6 @@ async fn mount_block(with: &Surroundings, rootfs: &RootFs, target: &Path) -> Res
     .await
 }
 
-fn guest_device(path: &Path) -> Option<(LinuxDeviceType, i64, i64)> {
-    // Names come from a spec: only the guest's own device file system counts, without links.
-    let plain = path
-        .components()
-        .all(|part| !matches!(part, Component::ParentDir));
-    if !plain || !path.starts_with("/dev") {
-        return None;
-    }
-    let about = fs::symlink_metadata(path).ok()?;
-    let kind = if about.file_type().is_block_device() {
-        LinuxDeviceType::B
-    } else if about.file_type().is_char_device() {
-        LinuxDeviceType::C
-    } else {
-        return None;
-    };
-    let (major, minor) = (libc::major(about.rdev()), libc::minor(about.rdev()));
-    Some((kind, major.into(), minor.into()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -702,13 +683,5 @@ mod tests {
         for path in ["", "/etc", "../etc", "a/../../etc"] {
             assert!(share_path(path).is_err(), "{path}");
         }
-    }
-
-    #[test]
-    fn devices_are_looked_up_in_dev_alone() {
-        let null = Some((LinuxDeviceType::C, 1, 3));
-        assert_eq!(guest_device(Path::new("/dev/null")), null);
-        assert_eq!(guest_device(Path::new("/dev/../etc/passwd")), None);
-        assert_eq!(guest_device(Path::new("/etc/passwd")), None);
     }
 }

@@ -16,6 +16,7 @@ pub mod guest;
 pub mod launch;
 pub mod log;
 pub mod network;
+pub mod nodes;
 pub mod payload;
 pub mod plan;
 pub mod podinit;

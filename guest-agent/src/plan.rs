@@ -25,8 +25,8 @@ pub struct Facts<'a> {
     pub cpus: u32,
     /// Whether a file exists in the container's cgroup directory.
     pub cgroup_file: &'a dyn Fn(&str) -> bool,
-    /// A device node of the guest.
-    pub device: &'a dyn Fn(&Path) -> Option<DeviceNode>,
+    /// What a device of the spec is in the guest.
+    pub device: &'a dyn Fn(&LinuxDevice) -> Option<DeviceNode>,
 }
 
 /// A process and the surroundings it shall have, in the guest's terms.
@@ -356,12 +356,12 @@ fn adapt_linux(linux: &mut Linux, left_out: &mut Vec<String>, facts: &Facts) {
     }
 }
 
-/// The guest's device of the same name and kind.
+/// The guest's device in the place of the host's: one of the same kind.
 fn guest_device(device: &LinuxDevice, facts: &Facts) -> Option<LinuxDevice> {
     let (kind, major, minor) = match device.typ() {
         // A FIFO has no numbers and is simply made.
         LinuxDeviceType::P => return Some(device.clone()),
-        _ => (facts.device)(device.path())?,
+        _ => (facts.device)(device)?,
     };
     let same =
         kind == device.typ() || (kind == LinuxDeviceType::C && device.typ() == LinuxDeviceType::U);

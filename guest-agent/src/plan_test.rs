@@ -40,7 +40,9 @@ fn plan_of(json: &str, shared: &[&str]) -> Result<Plan> {
     let facts = Facts {
         cpus: 2,
         cgroup_file: &|name| files.contains(name),
-        device: &|path| (path == Path::new("/dev/fuse")).then_some((LinuxDeviceType::C, 10, 230)),
+        device: &|device| {
+            (device.path() == Path::new("/dev/fuse")).then_some((LinuxDeviceType::C, 10, 230))
+        },
     };
     let shared: Vec<String> = shared.iter().map(|name| (*name).to_owned()).collect();
     let spec = serde_json::from_str(json).expect("a spec");

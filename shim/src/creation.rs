@@ -13,6 +13,7 @@ use sepal_protocol::paths;
 
 use crate::annotations::Role;
 use crate::container::{Container, Process, lock};
+use crate::disks;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::pod::{self, Pod};
@@ -50,6 +51,7 @@ impl Pod {
         }
         let mut spec = spec::load(&asked.bundle)?;
         let role = self.role_of(&asked.id, &spec);
+        let devices = disks::wanted(&spec);
         let first = asked.id == self.identity.id;
         let host_hooks = spec::take_host_hooks(&mut spec);
         let hook_state = hooks::State::creating(&spec, &asked.id, &asked.bundle, None);
@@ -60,7 +62,7 @@ impl Pod {
                 if self.spec.bare {
                     plan.complete(self.spec.files.keys().map(String::as_str));
                 }
-                self.try_create(&asked, plan, first, &host_hooks, &hook_state)
+                self.try_create(&asked, plan, &devices, first, (&host_hooks, &hook_state))
                     .await
             }
             Err(e) => Err(e.into()),
@@ -68,6 +70,9 @@ impl Pod {
         if created.is_err() {
             let (share, id) = (self.share.clone(), asked.id.clone());
             let _ = tokio::task::spawn_blocking(move || share.remove(&id)).await;
+            if let (false, Ok(up)) = (first, self.up().await) {
+                self.disks.release(&up.vm, &asked.id).await;
+            }
             if first {
                 // There will be no second try with this pod: containerd begins a new one.
                 self.remove().await;
@@ -92,9 +97,9 @@ impl Pod {
         self: &Arc<Self>,
         asked: &Creation,
         plan: Plan,
+        devices: &[disks::Wanted],
         first: bool,
-        host_hooks: &Hooks,
-        hook_state: &hooks::State,
+        (host_hooks, hook_state): (&Hooks, &hooks::State),
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
         let share = self.share.clone();
@@ -110,7 +115,8 @@ impl Pod {
         let namespace = &self.identity.namespace;
         let (streams, stdio) = Streams::open(&asked.wanted, &agent, namespace, &asked.id).await?;
         let hooks = (host_hooks, hook_state);
-        let (up, hook_state) = match self.make_in_guest(asked, &plan, first, hooks, stdio).await {
+        let made = self.make_in_guest(asked, &plan, devices, first, hooks, stdio);
+        let (up, hook_state) = match made.await {
             Ok(made) => made,
             Err(e) => {
                 streams.close().await;
@@ -157,6 +163,7 @@ impl Pod {
         &self,
         asked: &Creation,
         plan: &Plan,
+        devices: &[disks::Wanted],
         first: bool,
         (host_hooks, hook_state): (&Hooks, &hooks::State),
         stdio: Stdio,
@@ -174,6 +181,7 @@ impl Pod {
             let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
             up.vm.enter_root(&root).await?;
         }
+        let disks = self.disks.acquire(&up.vm, &asked.id, devices).await?;
         let hook_state = hooks::State {
             pid: Some(up.vm.vmm_pid),
             ..hook_state.clone()
@@ -199,6 +207,7 @@ impl Pod {
                 ..Default::default()
             }),
             // pivot_root(2) refuses to move an initramfs.
+            disks,
             no_pivot: asked.no_pivot || self.config.initrd.is_some(),
             ..Default::default()
         };

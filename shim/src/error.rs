@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{agent, cgroup, hooks, network, rootfs, size, spec, stdio, vm};
+use crate::{agent, cgroup, disks, hooks, network, rootfs, size, spec, stdio, vm};
 
 /// The result of everything that a Task call does.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -48,6 +48,8 @@ pub enum Error {
     Spec(#[from] spec::Error),
     #[error(transparent)]
     Rootfs(#[from] rootfs::Error),
+    #[error(transparent)]
+    Disk(#[from] disks::Error),
     #[error(transparent)]
     Network(#[from] network::Error),
     #[error(transparent)]

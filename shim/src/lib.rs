@@ -12,6 +12,7 @@ pub mod cgroup;
 pub mod cleanup;
 pub mod container;
 pub mod creation;
+pub mod disks;
 pub mod error;
 pub mod events;
 pub mod features;

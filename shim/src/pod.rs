@@ -24,6 +24,7 @@ use crate::agent::{self, Agent};
 use crate::cgroup::Cgroup;
 use crate::cleanup;
 use crate::container::{Container, Exit, KILLED, lock};
+use crate::disks::Disks;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::hooks;
@@ -83,6 +84,8 @@ pub struct Pod {
     pub directory: PathBuf,
     /// What the guest sees of the host.
     pub share: Share,
+    /// Block devices of the host that the guest has.
+    pub disks: Disks,
     /// Events to containerd.
     pub events: Events,
     /// Where the time went.
@@ -170,6 +173,7 @@ impl Pod {
             name,
             directory,
             share,
+            disks: Disks::default(),
             events,
             timeline,
             containers: Mutex::default(),

@@ -342,6 +342,9 @@ impl Pod {
             {
                 tracing::warn!(container = id, "the guest cannot delete it: {e}");
             }
+            if let Ok(up) = self.up().await {
+                self.disks.release(&up.vm, id).await;
+            }
             let (share, of) = (self.share.clone(), id.to_string());
             let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
             self.record(|record| record.containers.retain(|c| c != id));

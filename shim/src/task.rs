@@ -73,6 +73,7 @@ fn code(error: &Error) -> Code {
         Error::Pod(inner) => code(inner),
         Error::Config(_)
         | Error::Rootfs(_)
+        | Error::Disk(_)
         | Error::Network(_)
         | Error::Hook(_)
         | Error::Cgroup(_)

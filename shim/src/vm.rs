@@ -21,7 +21,9 @@ use nix::sys::wait::WaitStatus;
 use sepal_protocol::config::Config;
 use sepal_protocol::control::{self, Booted, Request, Response};
 use sepal_protocol::paths::{MOUNTS, guest, pod};
-use sepal_protocol::vm::{ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec};
+use sepal_protocol::vm::{
+    BlkSpec, ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec,
+};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, watch};
@@ -247,6 +249,37 @@ impl Vm {
             Response::Ok => Ok(()),
             _ => Err(Error::Confused),
         }
+    }
+
+    /// Hot-plugs a block device, which the guest finds by its serial of at most 20 bytes.
+    ///
+    /// # Errors
+    /// The VMM refuses or has died.
+    pub async fn add_disk(
+        &self,
+        serial: &str,
+        read_only: bool,
+        file: OwnedFd,
+    ) -> Result<(), Error> {
+        let spec = BlkSpec {
+            id: serial.into(),
+            serial: serial.into(),
+            file: FdIndex(0),
+            read_only,
+        };
+        match self.request(&Request::AddBlk(spec), &[file]).await? {
+            Response::Ok => Ok(()),
+            _ => Err(Error::Confused),
+        }
+    }
+
+    /// Unplugs a block device, which takes until the guest has let go of it.
+    ///
+    /// # Errors
+    /// There is none with this serial, the guest does not let go of it, or the VMM has died.
+    pub async fn remove_disk(&self, serial: &str) -> Result<(), Error> {
+        let id = serial.into();
+        self.ask(&Request::RemoveDevice { id }).await
     }
 
     /// Makes a container's root file system that of the VMM's process. Clients look for a container's
