@@ -33,8 +33,8 @@ use crate::sys;
 /// Bytes moved at once. A FIFO holds 64 KiB.
 const CHUNK: usize = 32 << 10;
 /// Output of an ended process that no reader has taken any of for so long is given up: there is no
-/// reader.
-const STUCK: Duration = Duration::from_secs(1);
+/// reader. On a host with ten times the work that it can do a reader was seen to take more than 1 s.
+const STUCK: Duration = Duration::from_secs(3);
 /// The same for bytes that the guest owes: it has sent them, but may be starved by its neighbours.
 const OWED: Duration = Duration::from_secs(10);
 /// Between two looks at a FIFO that is being read: no event tells that a pipe is empty. The first
