@@ -28,5 +28,6 @@ pub mod stdio;
 pub mod stream;
 pub mod submounts;
 pub mod sys;
+pub mod volumes;
 
 pub use service::{Sockets, serve};

@@ -14,7 +14,7 @@ use sepal_protocol::agent::{
     Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest,
     GuestInfoResponse, Network, ProcessCreated, ProcessExit, ProcessId, ProcessList,
     ResizeGuestRequest, ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats,
-    UpdateContainerRequest,
+    UpdateContainerRequest, WriteVolumeRequest,
 };
 use sepal_protocol::agent_ttrpc::{Agent, create_agent};
 use sepal_protocol::paths::guest as paths;
@@ -30,6 +30,7 @@ use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams, window};
 use crate::stream::Listener;
+use crate::volumes::Volumes;
 use crate::{cgroup, clock, guest, network, plan};
 
 type Answer<T> = ttrpc::Result<T>;
@@ -62,6 +63,7 @@ pub async fn serve(sockets: Sockets, listening: impl FnOnce()) -> anyhow::Result
         },
         containers: Mutex::default(),
         debug: Mutex::default(),
+        volumes: Volumes::default(),
         end: Notify::new(),
     });
     let listener = sockets.agent;
@@ -106,6 +108,7 @@ struct Service {
     containers: Mutex<HashMap<String, Option<Arc<Container>>>>,
     /// Programs of the guest image itself, for debugging.
     debug: Mutex<HashMap<String, Arc<Process>>>,
+    volumes: Volumes,
     end: Notify,
 }
 
@@ -471,6 +474,11 @@ impl Agent for Service {
 
     async fn forget_files(&self, _: &TtrpcContext, _: Empty) -> Answer<Empty> {
         Self::forget_files(self).await?;
+        Ok(Empty::new())
+    }
+
+    async fn write_volume(&self, _: &TtrpcContext, request: WriteVolumeRequest) -> Answer<Empty> {
+        self.volumes.write(&self.with.reaper, &request).await?;
         Ok(Empty::new())
     }
 

@@ -39,6 +39,8 @@ pub mod guest {
     pub const SHM: &str = "/run/sepal/shm";
     /// The pod's own files for its containers' /etc, where no client makes them.
     pub const ETC: &str = "/run/sepal/etc";
+    /// Copies of volumes that the host changes while programs wait for that; one directory each.
+    pub const VOLUMES: &str = "/run/sepal/volumes";
     /// An empty directory: the root of a process that needs none.
     pub const VOID: &str = "/run/sepal/void";
     /// Present only in the debug image, where `sepal exec` is allowed.
