@@ -7,7 +7,7 @@ use std::time::Duration;
 use sepal_protocol::agent::{
     Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest, Network,
     ProcessCreated, ProcessExit, ProcessId, ResizeTerminalRequest, SetUpPodRequest,
-    SignalProcessRequest, Stats, UpdateContainerRequest,
+    SignalProcessRequest, Stats, UpdateContainerRequest, WriteVolumeRequest,
 };
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::ready::{AgentReady, MAX_LINE};
@@ -256,6 +256,8 @@ impl Agent {
         set_clock(Clock) -> Empty, Limit::Short;
         /// Lets go of files that nobody uses.
         forget_files(Empty) -> Empty, Limit::Short;
+        /// Writes a part of the guest's copy of a volume.
+        write_volume(WriteVolumeRequest) -> Empty, Limit::Long;
         /// Makes a container; its process does not run yet.
         create_container(CreateContainerRequest) -> ProcessCreated, Limit::Long;
         /// Makes a further process of a container.

@@ -56,7 +56,8 @@ impl Pod {
         let host_hooks = spec::take_host_hooks(&mut spec);
         let hook_state = hooks::State::creating(&spec, &asked.id, &asked.bundle, None);
         asked.wanted.size = spec::console_size(spec.process().as_ref());
-        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle);
+        let copied = |volume: &Path| self.mirrors.take(volume);
+        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &copied);
         let created = match plan {
             Ok(mut plan) => {
                 if self.spec.bare {
@@ -158,7 +159,8 @@ impl Pod {
         Ok(pid)
     }
 
-    /// The guest's part, once the guest serves. Answers with what the pod's hooks get from then on.
+    /// The guest's part, most of it once the guest serves. Answers with what the pod's hooks get from
+    /// then on.
     async fn make_in_guest(
         &self,
         asked: &Creation,
@@ -168,7 +170,15 @@ impl Pod {
         (host_hooks, hook_state): (&Hooks, &hooks::State),
         stdio: Stdio,
     ) -> Result<(Arc<Up>, hooks::State)> {
-        let up = self.up().await?;
+        let up = if plan.copies.is_empty() {
+            self.up().await?
+        } else {
+            let agent = self.agent().await?;
+            let deliver = async { Ok(self.mirrors.deliver(&plan.copies, &agent).await?) };
+            let (up, ()) = tokio::try_join!(self.up(), deliver)?;
+            self.timeline.note("volumes-copied");
+            up
+        };
         if !plan.binds.is_empty() {
             // It serves, so the file server is in the namespace that it serves from.
             let (share, id, binds) = (self.share.clone(), asked.id.clone(), plan.binds.clone());

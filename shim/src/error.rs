@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{agent, cgroup, disks, hooks, network, rootfs, size, spec, stdio, vm};
+use crate::{agent, cgroup, disks, hooks, mirror, network, rootfs, size, spec, stdio, vm};
 
 /// The result of everything that a Task call does.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -50,6 +50,8 @@ pub enum Error {
     Rootfs(#[from] rootfs::Error),
     #[error(transparent)]
     Disk(#[from] disks::Error),
+    #[error(transparent)]
+    Mirror(#[from] mirror::Error),
     #[error(transparent)]
     Network(#[from] network::Error),
     #[error(transparent)]

@@ -2,9 +2,9 @@
 //!
 //! Read in this order: [`task`] and [`sandbox`] (RPC in, event out), [`creation`] and [`service`]
 //! (what is done for a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its
-//! guest). [`podspec`], [`spec`], [`size`] and [`network::mirror`] are pure; [`rootfs`], [`network`],
-//! [`forward`], [`cgroup`], [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes what they do,
-//! also after a crash.
+//! guest). [`podspec`], [`spec`], [`size`] and [`network::mirror`] are pure; [`rootfs`], [`mirror`],
+//! [`network`], [`forward`], [`cgroup`], [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes
+//! what they do, also after a crash.
 
 pub mod agent;
 pub mod annotations;
@@ -20,6 +20,7 @@ pub mod forward;
 pub mod hooks;
 pub mod log;
 pub mod logger;
+pub mod mirror;
 pub mod network;
 pub mod pod;
 pub mod podspec;
@@ -29,6 +30,7 @@ pub mod seat;
 pub mod serve;
 pub mod service;
 pub mod size;
+pub mod snapshot;
 pub mod spec;
 pub mod start;
 pub mod stats;

@@ -28,6 +28,7 @@ use crate::disks::Disks;
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::hooks;
+use crate::mirror::Mirrors;
 use crate::network;
 use crate::podspec::PodSpec;
 use crate::rootfs::Share;
@@ -86,6 +87,8 @@ pub struct Pod {
     pub share: Share,
     /// Block devices of the host that the guest has.
     pub disks: Disks,
+    /// What the guest has copies of.
+    pub mirrors: Mirrors,
     /// Events to containerd.
     pub events: Events,
     /// Where the time went.
@@ -174,6 +177,7 @@ impl Pod {
             directory,
             share,
             disks: Disks::default(),
+            mirrors: Mirrors::new(spec.size.memory),
             events,
             timeline,
             containers: Mutex::default(),
@@ -226,12 +230,14 @@ impl Pod {
                 reason = up.vm.ended() => reason,
                 never = up.tell_time() => match never {},
                 never = up.mind_files() => match never {},
+                never = self.mirrors.follow(&up.agent) => match never {},
             };
             if !self.is_removing() {
                 tracing::error!("the virtual machine has ended: {reason}");
             }
             // Lets go of what belongs to the VM, the network namespace above all: its owner may
             // remove it from now on.
+            self.mirrors.clear();
             let reason = reason.to_string();
             let gone = Err(Arc::new(Error::VmGone { reason }));
             self.up.send_replace(Some(gone));

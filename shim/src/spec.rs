@@ -5,6 +5,7 @@
 
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use oci_spec::runtime::{
     Hooks, LinuxNamespace, LinuxNamespaceType, Mount, Process, RootBuilder, Spec,
@@ -12,6 +13,7 @@ use oci_spec::runtime::{
 use sepal_protocol::paths;
 
 use crate::annotations::Role;
+use crate::mirror::Mirror;
 use crate::sys::BindOptions;
 
 /// Longest config.json that is read, in bytes; the agent's messages hold at most 4 MiB.
@@ -133,6 +135,8 @@ pub struct Plan {
     pub guest: Spec,
     /// In the order of their names below `mounts/`.
     pub binds: Vec<Bind>,
+    /// Volumes that the guest has copies of.
+    pub copies: Vec<Arc<Mirror>>,
     /// For the agent: OCI names of the namespaces that the pod's containers share.
     pub shared_namespaces: Vec<String>,
 }
@@ -211,11 +215,18 @@ pub fn process(spec: &Spec) -> Result<&Process, Error> {
 }
 
 impl Plan {
-    /// Rewrites a container's spec for the guest.
+    /// Rewrites a container's spec for the guest. `copied` answers whether the guest gets a copy of a
+    /// volume; it is asked for directories that the container may only read.
     ///
     /// # Errors
     /// The spec asks for what a guest cannot have, or for a mount source that is not there.
-    pub fn new(mut spec: Spec, container: &str, role: &Role, bundle: &Path) -> Result<Self, Error> {
+    pub fn new(
+        mut spec: Spec,
+        container: &str,
+        role: &Role,
+        bundle: &Path,
+        copied: &dyn Fn(&Path) -> Option<Arc<Mirror>>,
+    ) -> Result<Self, Error> {
         process(&spec)?;
         let in_guest = Path::new(paths::guest::SHARE).join(container);
         let read_only = spec
@@ -231,7 +242,7 @@ impl Plan {
         spec.set_root(root);
         take_host_hooks(&mut spec);
         let shared_namespaces = share_namespaces(&mut spec, role)?;
-        let mut binds = Vec::new();
+        let (mut binds, mut copies) = (Vec::new(), Vec::new());
         for mount in spec.mounts_mut().iter_mut().flatten() {
             if !is_bind(mount) {
                 continue;
@@ -246,8 +257,16 @@ impl Plan {
             }
             let source = bundle.join(source);
             let directory = check_source(&source, &destination)?;
-            let target = in_guest.join(paths::MOUNTS).join(binds.len().to_string());
             let options = bind_options(mount)?;
+            if directory
+                && options.is_only_read()
+                && let Some(copy) = copied(&source)
+            {
+                mount.set_source(Some(copy.in_guest()));
+                copies.push(copy);
+                continue;
+            }
+            let target = in_guest.join(paths::MOUNTS).join(binds.len().to_string());
             mount.set_source(Some(target));
             binds.push(Bind {
                 source,
@@ -258,6 +277,7 @@ impl Plan {
         Ok(Self {
             guest: spec,
             binds,
+            copies,
             shared_namespaces,
         })
     }

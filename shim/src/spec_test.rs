@@ -17,7 +17,7 @@ fn spec(extra: serde_json::Value) -> Spec {
 }
 
 fn plan(extra: serde_json::Value, role: &Role) -> Result<Plan, Error> {
-    Plan::new(spec(extra), "c1", role, Path::new("/bundle"))
+    Plan::new(spec(extra), "c1", role, Path::new("/bundle"), &|_| None)
 }
 
 #[test]
@@ -161,7 +161,7 @@ fn only_hooks_of_the_container_reach_the_guest() {
 fn a_spec_without_a_process_is_refused() {
     let mut bare = spec(json!({}));
     bare.set_process(None);
-    let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b")).unwrap_err();
+    let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b"), &|_| None).unwrap_err();
     assert!(matches!(error, Error::NoProcess));
 }
 

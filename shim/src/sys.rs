@@ -241,6 +241,13 @@ pub struct BindOptions {
     pub follows_source: bool,
 }
 
+impl BindOptions {
+    /// Nothing can be written through it, nor appear in it by a mount of the host's.
+    pub fn is_only_read(self) -> bool {
+        (self.read_only || self.recursive_read_only) && !self.follows_source
+    }
+}
+
 /// Attaches a copy of the mount at `source` to `target`.
 ///
 /// # Errors

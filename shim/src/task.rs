@@ -74,6 +74,7 @@ fn code(error: &Error) -> Code {
         Error::Config(_)
         | Error::Rootfs(_)
         | Error::Disk(_)
+        | Error::Mirror(_)
         | Error::Network(_)
         | Error::Hook(_)
         | Error::Cgroup(_)

@@ -79,8 +79,9 @@ impl Bed {
     pub fn write_script(&self, name: &str, line: &str) {
         let me = std::env::current_exe().unwrap();
         let text = format!(
-            "#!/bin/sh\nexport SEPAL_STAND_IN=1 SELF={}\n{line}\n",
-            me.display()
+            "#!/bin/sh\nexport SEPAL_STAND_IN=1 SELF={} HEARD={}\n{line}\n",
+            me.display(),
+            self.dir.path().join("heard").display()
         );
         let path = self.dir.path().join(name);
         std::fs::write(&path, text).unwrap();
@@ -225,6 +226,16 @@ impl Bed {
         for cgroup in &state.cgroups {
             assert!(!cgroup.exists(), "{} is left", cgroup.display());
         }
+    }
+
+    /// What the stand-in for the agent was told of volumes and mounts.
+    pub fn heard(&self) -> Vec<String> {
+        let heard = std::fs::read_to_string(self.dir.path().join("heard"));
+        heard
+            .unwrap_or_default()
+            .lines()
+            .map(str::to_owned)
+            .collect()
     }
 
     pub fn topics(&self) -> Vec<String> {

@@ -7,6 +7,7 @@
 pub mod bed;
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Stdio;
@@ -216,6 +217,18 @@ async fn run(running: Arc<Running>) -> std::io::Result<u32> {
     Ok(pid)
 }
 
+/// Notes for the test, where it wants them.
+fn hear(line: String) {
+    let Some(path) = std::env::var_os("HEARD") else {
+        return;
+    };
+    let file = std::fs::File::options()
+        .append(true)
+        .create(true)
+        .open(path);
+    writeln!(file.unwrap(), "{line}").unwrap();
+}
+
 #[async_trait]
 impl agent_ttrpc::Agent for FakeAgent {
     async fn set_up_pod(&self, _: &TtrpcContext, r: SetUpPodRequest) -> ttrpc::Result<Empty> {
@@ -229,9 +242,26 @@ impl agent_ttrpc::Agent for FakeAgent {
         r: CreateContainerRequest,
     ) -> ttrpc::Result<ProcessCreated> {
         let spec: serde_json::Value = serde_json::from_slice(&r.spec).unwrap();
+        let mounts = spec["mounts"].as_array().cloned().unwrap_or_default();
+        if !mounts.is_empty() {
+            let sources = mounts.iter().map(|mount| mount["source"].as_str().unwrap());
+            hear(format!("made with {}", Vec::from_iter(sources).join(" ")));
+        }
         self.add((r.container_id, String::new()), &spec["process"], &r.stdio)
             .await;
         Ok(ProcessCreated::new())
+    }
+
+    async fn write_volume(&self, _: &TtrpcContext, r: WriteVolumeRequest) -> ttrpc::Result<Empty> {
+        assert!(r.names.is_some(), "it is small");
+        let content = |end: &[u8]| {
+            let mut files = r.files.iter();
+            let file = files.find(|file| file.path.ends_with(end)).unwrap();
+            String::from_utf8(file.content.clone()).unwrap()
+        };
+        let (version, key) = (content(b"..data"), content(b"/key"));
+        hear(format!("{}: {version} = {key}", r.volume_id));
+        Ok(Empty::new())
     }
 
     async fn exec_process(
