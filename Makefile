@@ -11,7 +11,7 @@ export SEPAL_CACHE ?= /var/cache/sepal
 KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
-.PHONY: build programs kernel image deps lint unit e2e-native e2e-node test demo bench install node-image clean
+.PHONY: build programs kernel image deps lint unit e2e-native e2e-node test test-kubernetes demo bench install node-image clean
 
 ## build: programs, guest kernels and guest image
 build: programs kernel image
@@ -52,6 +52,11 @@ unit: deps
 ## test: everything: lint, unit tests, end-to-end tests in the beds this machine can do
 test:
 	tests/run-all
+
+## test-kubernetes: pods by Kubernetes' own control plane and kubelet, on Sepal and, as a control, on runc
+test-kubernetes: build
+	tests/kube/run native --runtime-class runc
+	tests/kube/run native
 
 ## bench: start-up, memory, file and network figures side by side with runc; writes JSON
 bench: build

@@ -16,12 +16,14 @@
 //! shows a test asks for what a container runtime does, and not for what Sepal happens to do.
 
 mod bed;
+mod cluster;
 mod command;
 mod container;
 mod pods;
 mod terminal;
 
 pub use bed::{Bed, Kind, Scratch};
+pub use cluster::{Cluster, Namespace, Pod};
 pub use command::{Command, Outcome, Running};
 pub use container::{Client, Container};
 pub use pods::PodProcess;

@@ -50,15 +50,14 @@ impl PodProcess {
     }
 }
 
-impl Container<'_> {
-    /// The pid, in the bed, of a program of this container's pod.
+impl Bed {
+    /// The pid, in the bed, of a program of a pod; `id` is the pod's, which is its first container's.
     ///
     /// # Panics
     /// When there is none.
     #[track_caller]
-    pub fn pid_of(&self, bed: &Bed, what: PodProcess) -> u32 {
-        let all = processes(bed);
-        let id = self.full_id();
+    pub fn pid_of(&self, id: &str, what: PodProcess) -> u32 {
+        let all = processes(self);
         let shim = all
             .iter()
             .find(|process| {
@@ -93,10 +92,27 @@ impl Container<'_> {
             .pid
     }
 
+    /// Kills a program of a pod as `kill -9` does.
+    #[track_caller]
+    pub fn kill_9(&self, id: &str, what: PodProcess) -> Outcome {
+        let pid = self.pid_of(id, what).to_string();
+        self.command(["kill", "-9", &pid]).run().success()
+    }
+}
+
+impl Container<'_> {
+    /// The pid, in the bed, of a program of this container's pod.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[track_caller]
+    pub fn pid_of(&self, bed: &Bed, what: PodProcess) -> u32 {
+        bed.pid_of(&self.full_id(), what)
+    }
+
     /// Kills a program of this container's pod as `kill -9` does.
     #[track_caller]
     pub fn kill_9(&self, bed: &Bed, what: PodProcess) -> Outcome {
-        let pid = self.pid_of(bed, what).to_string();
-        bed.command(["kill", "-9", &pid]).run().success()
+        bed.kill_9(&self.full_id(), what)
     }
 }

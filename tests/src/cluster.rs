@@ -1,0 +1,352 @@
+//! The Kubernetes cluster of a bed (`tests/kube/cluster`), and namespaces that go with their test.
+
+use std::ffi::OsStr;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::{Bed, Command, Outcome, eventually, seconds};
+
+/// How long a pod may take to get where it should.
+const PATIENCE: Duration = seconds(120);
+
+/// A cluster that is up, in a bed that is.
+#[derive(Debug)]
+pub struct Cluster {
+    bed: Bed,
+}
+
+impl Cluster {
+    /// The cluster of the bed in use.
+    ///
+    /// # Panics
+    /// When there is none: a test that was asked for is never passed over in silence.
+    pub fn get() -> Self {
+        Self::of(Bed::get())
+    }
+
+    /// The cluster for this test alone: it breaks things.
+    ///
+    /// # Panics
+    /// As [`Cluster::get`].
+    pub fn alone() -> Self {
+        Self::of(Bed::alone())
+    }
+
+    fn of(bed: Bed) -> Self {
+        let ready = bed.command(["kubectl", "get", "--raw", "/readyz"]).run();
+        assert!(
+            ready.ok(),
+            "the bed has no cluster (tests/kube/run makes one):\n{}",
+            ready.report()
+        );
+        Self { bed }
+    }
+
+    /// The bed it is in.
+    pub fn bed(&self) -> &Bed {
+        &self.bed
+    }
+
+    /// The RuntimeClass under test.
+    pub fn runtime_class(&self) -> &'static str {
+        if self.bed.runtime().contains("sepal") {
+            "sepal"
+        } else {
+            "runc"
+        }
+    }
+
+    /// Stops or starts a daemon of the cluster by its name.
+    #[track_caller]
+    pub fn daemon(&self, verb: &str, name: &str) {
+        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("kube/cluster");
+        Command::new([program]).args([verb, name]).run().success();
+    }
+
+    /// A command of kubectl.
+    pub fn kubectl<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
+        self.bed.command(["kubectl"]).args(argv)
+    }
+
+    /// A namespace of its own for a test.
+    pub fn namespace(&self) -> Namespace<'_> {
+        let name = self.bed.unique("test");
+        self.kubectl(["create", "namespace", &name]).run().success();
+        // Without it no pod is admitted, and a controller makes it in its own time.
+        self.kubectl([
+            "-n",
+            &name,
+            "wait",
+            "--for=create",
+            "serviceaccount/default",
+        ])
+        .run()
+        .success();
+        Namespace {
+            cluster: self,
+            name,
+        }
+    }
+}
+
+/// A namespace that is removed on drop, with all that is in it.
+#[derive(Debug)]
+pub struct Namespace<'cluster> {
+    cluster: &'cluster Cluster,
+    name: String,
+}
+
+impl Namespace<'_> {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// A command of kubectl in it.
+    pub fn kubectl<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
+        self.cluster.kubectl(["-n", &self.name]).args(argv)
+    }
+
+    /// The same with a terminal.
+    pub fn terminal_kubectl<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
+        self.cluster
+            .bed
+            .terminal_command(["kubectl", "-n", &self.name])
+            .args(argv)
+    }
+
+    /// `kubectl apply` of a manifest as a user would write it; the control run has its RuntimeClass in
+    /// the place of `runtimeClassName: sepal`.
+    pub fn try_apply(&self, manifest: &str) -> Outcome {
+        let class = self.cluster.runtime_class();
+        let ours = "runtimeClassName: sepal";
+        let manifest = manifest.replace(ours, &format!("runtimeClassName: {class}"));
+        self.kubectl(["apply", "-f", "-"]).stdin(manifest).run()
+    }
+
+    /// The same, which is to be accepted.
+    #[track_caller]
+    pub fn apply(&self, manifest: &str) {
+        self.try_apply(manifest).success();
+    }
+
+    /// Applies a pod's manifest and waits until the pod is ready.
+    #[track_caller]
+    pub fn start(&self, pod: &str, manifest: &str) -> Pod<'_> {
+        self.apply(manifest);
+        let pod = self.pod(pod);
+        pod.wait_ready();
+        pod
+    }
+
+    /// Applies the manifest of a pod that ends, waits for the end and tells what the pod wrote.
+    ///
+    /// # Panics
+    /// When it did not succeed.
+    #[track_caller]
+    pub fn run(&self, pod: &str, manifest: &str) -> String {
+        self.apply(manifest);
+        let pod = self.pod(pod);
+        let phase = pod.wait_end();
+        assert!(phase == "Succeeded", "{phase}:\n{}", pod.describe());
+        pod.logs(&[])
+    }
+
+    /// A pod of it, by name.
+    pub fn pod(&self, name: &str) -> Pod<'_> {
+        Pod {
+            namespace: self,
+            name: name.to_owned(),
+        }
+    }
+
+    /// What a JSONPath says of an object (`pod/web`).
+    #[track_caller]
+    pub fn get(&self, object: &str, path: &str) -> String {
+        let output = format!("jsonpath={path}");
+        self.kubectl(["get", object, "-o", &output])
+            .run()
+            .success()
+            .out()
+    }
+}
+
+impl Drop for Namespace<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for what in [
+                &["get", "pods", "-o", "wide"][..],
+                &["describe", "pods"],
+                &["events"],
+            ] {
+                eprintln!("{}", self.kubectl(what).run().report());
+            }
+        }
+        let now = ["--all", "--wait=false", "--grace-period=1"];
+        self.kubectl(["delete", "all"]).args(now).run();
+        self.cluster
+            .kubectl(["delete", "namespace", "--wait=false", &self.name])
+            .run();
+    }
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod<'namespace> {
+    namespace: &'namespace Namespace<'namespace>,
+    name: String,
+}
+
+impl Pod<'_> {
+    /// Waits until it is ready.
+    ///
+    /// # Panics
+    /// When it does not become so.
+    #[track_caller]
+    pub fn wait_ready(&self) {
+        let timeout = format!("--timeout={}s", crate::bed::stretched(PATIENCE).as_secs());
+        let pod = format!("pod/{}", self.name);
+        let outcome = self
+            .namespace
+            .kubectl(["wait", "--for=condition=Ready", &timeout, &pod])
+            .patience(PATIENCE * 2)
+            .run();
+        assert!(outcome.ok(), "not ready:\n{}", self.describe());
+    }
+
+    /// Waits until all its containers have ended for good, and tells its phase.
+    #[track_caller]
+    pub fn wait_end(&self) -> String {
+        eventually("the pod ends", PATIENCE, || {
+            let phase = self.get("{.status.phase}");
+            matches!(phase.as_str(), "Succeeded" | "Failed").then_some(phase)
+        })
+    }
+
+    /// What a JSONPath says of it.
+    #[track_caller]
+    pub fn get(&self, path: &str) -> String {
+        self.namespace.get(&format!("pod/{}", self.name), path)
+    }
+
+    /// Waits until a JSONPath says this of it.
+    #[track_caller]
+    pub fn wait_for(&self, path: &str, value: &str) {
+        let deadline = std::time::Instant::now() + crate::bed::stretched(PATIENCE);
+        loop {
+            let said = self.get(path);
+            if said == value {
+                return;
+            }
+            assert!(
+                std::time::Instant::now() < deadline,
+                "{path} is {said:?}, want {value:?}\n{}",
+                self.describe()
+            );
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+
+    /// `kubectl logs OPTIONS`.
+    #[track_caller]
+    pub fn logs(&self, options: &[&str]) -> String {
+        self.namespace
+            .kubectl(["logs", &self.name])
+            .args(options)
+            .run()
+            .success()
+            .out()
+    }
+
+    /// Its log, as soon as the node can be asked for it (again).
+    #[track_caller]
+    pub fn logs_when_ready(&self) -> String {
+        eventually("the node gives the log", seconds(60), || {
+            let log = self.namespace.kubectl(["logs", &self.name]).run();
+            log.ok().then(|| log.out())
+        })
+    }
+
+    /// `kubectl exec` of a command in its first container.
+    pub fn exec<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Outcome {
+        self.exec_command(&[], argv).run()
+    }
+
+    /// `kubectl exec OPTIONS POD -- ARGV`, to be run.
+    pub fn exec_command<A: AsRef<OsStr>>(
+        &self,
+        options: &[&str],
+        argv: impl IntoIterator<Item = A>,
+    ) -> Command {
+        self.namespace
+            .kubectl(["exec"])
+            .args(options)
+            .args([&self.name, "--"])
+            .args(argv)
+    }
+
+    /// What a line of shell in its first container says.
+    #[track_caller]
+    pub fn sh(&self, line: &str) -> String {
+        self.exec(["sh", "-c", line]).success().out()
+    }
+
+    /// What a line of shell in one of its containers says.
+    #[track_caller]
+    pub fn sh_in(&self, container: &str, line: &str) -> String {
+        self.exec_command(&["-c", container], ["sh", "-c", line])
+            .run()
+            .success()
+            .out()
+    }
+
+    /// The id of its sandbox, by which its processes on the node are known.
+    #[track_caller]
+    pub fn sandbox(&self) -> String {
+        let bed = self.namespace.cluster.bed();
+        let name = format!("^{}$", self.name);
+        let namespace = format!("^{}$", self.namespace.name);
+        let filter = [
+            "--name",
+            &name,
+            "--namespace",
+            &namespace,
+            "--state",
+            "ready",
+        ];
+        bed.command(["crictl", "pods", "-q", "--no-trunc"])
+            .args(filter)
+            .run()
+            .success()
+            .out()
+    }
+
+    /// Deletes it and waits until it is gone.
+    #[track_caller]
+    pub fn delete(&self, options: &[&str]) -> Outcome {
+        self.namespace
+            .kubectl(["delete", "pod", &self.name])
+            .args(options)
+            .run()
+            .success()
+    }
+
+    /// Its events' reasons and messages.
+    #[track_caller]
+    pub fn events(&self) -> String {
+        let object = format!("pod/{}", self.name);
+        self.namespace
+            .kubectl(["events", "--for", &object])
+            .run()
+            .success()
+            .out()
+    }
+
+    /// `kubectl describe`, for the reader of a failed test.
+    pub fn describe(&self) -> String {
+        self.namespace
+            .kubectl(["describe", "pod", &self.name])
+            .run()
+            .out()
+    }
+}

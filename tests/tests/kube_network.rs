@@ -1,0 +1,258 @@
+//! Names, addresses and Services.
+
+use sepal_tests::{Cluster, Namespace, eventually, seconds};
+
+/// Three nginx behind a Service, and a pod that asks them.
+const WEB: &str = r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: { name: web }
+spec:
+  replicas: 3
+  selector: { matchLabels: { app: web } }
+  template:
+    metadata: { labels: { app: web } }
+    spec:
+      runtimeClassName: sepal
+      containers:
+        - name: nginx
+          image: nginx:1
+          ports: [{ name: http, containerPort: 80 }]
+          readinessProbe: { httpGet: { path: /, port: http }, periodSeconds: 1 }
+          lifecycle: { preStop: { exec: { command: [sleep, "2"] } } }
+---
+apiVersion: v1
+kind: Service
+metadata: { name: web }
+spec:
+  selector: { app: web }
+  ports: [{ port: 80, targetPort: http }]
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: client }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: main, image: busybox, command: [sleep, "10000"] }]
+"#;
+
+fn roll_out(namespace: &Namespace) {
+    namespace
+        .kubectl(["rollout", "status", "deployment/web", "--timeout=180s"])
+        .patience(seconds(200))
+        .run()
+        .success();
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_service_is_found_by_its_name_and_spreads_over_its_pods() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let client = namespace.start("client", WEB);
+    roll_out(&namespace);
+    assert_eq!(client.sh("wget -qO- http://web/"), "hello from sepal");
+    let full = format!(
+        "wget -qO- http://web.{}.svc.cluster.local./",
+        namespace.name()
+    );
+    assert_eq!(client.sh(&full), "hello from sepal");
+    client.sh("for n in $(seq 60); do wget -qO- http://web/ >/dev/null || exit 1; done");
+    let pods = namespace.get(
+        "pods",
+        "{.items[?(@.metadata.labels.app==\"web\")].metadata.name}",
+    );
+    for pod in pods.split_whitespace() {
+        let asked = namespace.pod(pod).logs(&[]).matches("Wget").count();
+        assert!(asked > 0, "{pod} was never asked");
+    }
+    // A pod reaches itself by its Service too (hairpin).
+    namespace
+        .kubectl(["scale", "deployment/web", "--replicas=1"])
+        .run()
+        .success();
+    roll_out(&namespace);
+    let left = eventually("one pod is left", seconds(60), || {
+        let pods = namespace.get(
+            "pods",
+            "{.items[?(@.metadata.labels.app==\"web\")].metadata.name}",
+        );
+        (pods.split_whitespace().count() == 1).then_some(pods)
+    });
+    let address = namespace.get("service/web", "{.spec.clusterIP}");
+    let ask = format!(
+        "exec 3<>/dev/tcp/{address}/80; printf 'GET / HTTP/1.0\\r\\n\\r\\n' >&3; tail -n 1 <&3"
+    );
+    let answer = namespace
+        .pod(&left)
+        .exec(["bash", "-c", &ask])
+        .success()
+        .out();
+    assert_eq!(answer, "hello from sepal");
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_rolling_update_loses_no_request() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let client = namespace.start("client", WEB);
+    roll_out(&namespace);
+    // Asks until it is told to stop, and counts.
+    let line = "while [ ! -e /stop ]; do wget -T 5 -qO- http://web/ >>/answers || echo lost >>/answers; sleep 0.05; done";
+    let mut asking = client
+        .exec_command(&[], ["sh", "-c", line])
+        .patience(seconds(300))
+        .spawn();
+    namespace
+        .kubectl(["set", "image", "deployment/web", "nginx=nginx:2"])
+        .run()
+        .success();
+    roll_out(&namespace);
+    assert_eq!(client.sh("wget -qO- http://web/"), "hello from release 2");
+    namespace
+        .kubectl(["scale", "deployment/web", "--replicas=1"])
+        .run()
+        .success();
+    roll_out(&namespace);
+    client.sh("touch /stop");
+    asking.wait();
+    let answers = client.sh("sort /answers | uniq -c");
+    assert!(!answers.contains("lost"), "{answers}");
+    assert!(
+        answers.contains("sepal") && answers.contains("release 2"),
+        "{answers}"
+    );
+    assert_eq!(answers.lines().count(), 2, "{answers}");
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_release_that_does_not_start_is_taken_back() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let client = namespace.start("client", WEB);
+    roll_out(&namespace);
+    namespace
+        .kubectl(["set", "image", "deployment/web", "nginx=nginx:broken"])
+        .run()
+        .success();
+    eventually("the new pod fails", seconds(60), || {
+        let pods = namespace.kubectl(["get", "pods"]).run().success().out();
+        (pods.contains("CrashLoopBackOff") || pods.contains("Error")).then_some(())
+    });
+    assert_eq!(client.sh("wget -qO- http://web/"), "hello from sepal");
+    namespace
+        .kubectl(["rollout", "undo", "deployment/web"])
+        .run()
+        .success();
+    roll_out(&namespace);
+    assert_eq!(client.sh("wget -qO- http://web/"), "hello from sepal");
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn host_name_subdomain_aliases_and_name_servers() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "named",
+        r#"
+apiVersion: v1
+kind: Service
+metadata: { name: sub }
+spec: { clusterIP: None, selector: { app: named }, ports: [{ port: 80 }] }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: named, labels: { app: named } }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  hostname: alpha
+  subdomain: sub
+  hostAliases: [{ ip: 10.1.2.3, hostnames: [old.example, older.example] }]
+  containers: [{ name: main, image: busybox, command: [sleep, "1000"] }]
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: resolver }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  dnsPolicy: None
+  dnsConfig:
+    nameservers: [192.0.2.1, 192.0.2.2]
+    searches: [one.example, two.example]
+    options: [{ name: ndots, value: "2" }, { name: edns0 }]
+  containers: [{ name: main, image: busybox, command: [sleep, "1000"] }]
+"#,
+    );
+    let domain = format!("sub.{}.svc.cluster.local", namespace.name());
+    assert_eq!(pod.sh("hostname; cat /etc/hostname"), "alpha\nalpha");
+    assert_eq!(pod.sh("hostname -f"), format!("alpha.{domain}"));
+    assert_eq!(
+        pod.sh("grep 10.1.2.3 /etc/hosts | tr '\\t' ' '"),
+        "10.1.2.3 old.example older.example"
+    );
+    let address = pod.get("{.status.podIP}");
+    let found = pod.sh(&format!("nslookup alpha.{domain}. 10.96.0.10"));
+    assert!(found.contains(&address), "{found}");
+    let cluster_dns = pod.sh("cat /etc/resolv.conf");
+    assert!(
+        cluster_dns.contains("nameserver 10.96.0.10"),
+        "{cluster_dns}"
+    );
+
+    let resolver = namespace.pod("resolver");
+    resolver.wait_ready();
+    let lines = resolver.sh("sort /etc/resolv.conf");
+    assert_eq!(
+        lines.lines().collect::<Vec<_>>(),
+        [
+            "nameserver 192.0.2.1",
+            "nameserver 192.0.2.2",
+            "options ndots:2 edns0",
+            "search one.example two.example"
+        ]
+    );
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_host_port_and_a_node_port_lead_to_the_pod() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    namespace.start(
+        "ported",
+        r#"
+apiVersion: v1
+kind: Service
+metadata: { name: ported }
+spec: { type: NodePort, selector: { app: ported }, ports: [{ port: 80 }] }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: ported, labels: { app: ported } }
+spec:
+  runtimeClassName: sepal
+  containers:
+    - name: main
+      image: nginx
+      ports: [{ containerPort: 80, hostPort: 18080 }]
+      readinessProbe: { httpGet: { port: 80 }, periodSeconds: 1 }
+"#,
+    );
+    let node_port = namespace.get("service/ported", "{.spec.ports[0].nodePort}");
+    for port in ["18080", &node_port] {
+        let page = format!("http://10.87.0.1:{port}/");
+        eventually("the port answers", seconds(20), || {
+            let answer = cluster
+                .bed()
+                .command(["curl", "-sS", "--max-time", "5", &page])
+                .run();
+            (answer.out() == "hello from sepal").then_some(())
+        });
+    }
+}

@@ -1,0 +1,193 @@
+//! What happens on the node while a pod runs: daemons that restart, programs that die, limits and mounts
+//! that change.
+
+use sepal_tests::{Cluster, PodProcess, eventually, seconds};
+
+/// A pod that counts the seconds in its log.
+const COUNTER: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: counter }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  volumes: [{ name: kept, emptyDir: {} }]
+  containers:
+    - name: main
+      image: busybox
+      command: [sh, -c, 'echo run >>/kept/runs; n=0; while :; do n=$((n + 1)); echo $n; sleep 1; done']
+      volumeMounts: [{ name: kept, mountPath: /kept }]
+"#;
+
+const CONTAINER: &str = "{.status.containerStatuses[0].containerID}";
+const RESTARTS: &str = "{.status.containerStatuses[0].restartCount}";
+
+/// A log that lacks no number.
+fn is_gapless(log: &str) -> bool {
+    log.lines()
+        .enumerate()
+        .all(|(n, line)| line == (n + 1).to_string())
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_pod_outlives_a_restart_of_the_kubelet() {
+    let cluster = Cluster::alone();
+    let namespace = cluster.namespace();
+    let pod = namespace.start("counter", COUNTER);
+    let container = pod.get(CONTAINER);
+    cluster.daemon("stop", "kubelet");
+    std::thread::sleep(seconds(3));
+    cluster.daemon("start", "kubelet");
+    let before = pod.logs_when_ready();
+    eventually("it counts on", seconds(30), || {
+        let log = pod.logs_when_ready();
+        (log.lines().count() > before.lines().count() + 2).then_some(())
+    });
+    assert!(is_gapless(&pod.logs(&[])), "{}", pod.logs(&[]));
+    assert_eq!(pod.get(CONTAINER), container);
+    assert_eq!(pod.get(RESTARTS), "0");
+    pod.delete(&[]);
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_pod_outlives_a_restart_and_a_death_of_containerd() {
+    let cluster = Cluster::alone();
+    let namespace = cluster.namespace();
+    let pod = namespace.start("counter", COUNTER);
+    let container = pod.get(CONTAINER);
+    for verb in ["stop", "kill"] {
+        cluster.bed().containerd(verb).success();
+        std::thread::sleep(seconds(2));
+        cluster.bed().containerd("start").success();
+        let before = pod.logs_when_ready().lines().count();
+        eventually("it counts on", seconds(60), || {
+            (pod.logs_when_ready().lines().count() > before + 2).then_some(())
+        });
+        eventually("exec works", seconds(60), || {
+            pod.exec(["true"]).ok().then_some(())
+        });
+    }
+    assert_eq!(pod.get(CONTAINER), container);
+    assert_eq!(pod.get(RESTARTS), "0");
+    pod.delete(&[]);
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_pod_whose_machine_dies_is_started_anew_with_its_volumes() {
+    for what in [PodProcess::Vmm, PodProcess::Fs, PodProcess::Shim] {
+        let cluster = Cluster::alone();
+        if !cluster.bed().has_vm() {
+            return;
+        }
+        let namespace = cluster.namespace();
+        let pod = namespace.start("counter", COUNTER);
+        let sandbox = pod.sandbox();
+        cluster.bed().kill_9(&sandbox, what);
+        eventually("the second run", seconds(90), || {
+            let runs = pod.exec(["cat", "/kept/runs"]);
+            (runs.ok() && runs.out() == "run\nrun").then_some(())
+        });
+        pod.wait_ready();
+        assert_eq!(pod.get(RESTARTS), "1", "after the death of {what:?}");
+        assert_ne!(pod.sandbox(), sandbox);
+        pod.delete(&[]);
+    }
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn limits_change_while_the_container_runs() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "resized",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: resized }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: busybox
+      command: [sleep, "1000"]
+      resources:
+        requests: { cpu: 200m, memory: 100Mi }
+        limits: { cpu: 200m, memory: 100Mi }
+"#,
+    );
+    let container = pod.get(CONTAINER);
+    // cgroup v1 on the native bed's node, v2 in a guest.
+    let limits = "cat /sys/fs/cgroup/cpu.max 2>/dev/null || echo $(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us) 100000; \
+                  cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null; true";
+    assert_eq!(pod.sh(limits), "20000 100000\n104857600");
+    let patch = r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"400m","memory":"120Mi"},"limits":{"cpu":"400m","memory":"120Mi"}}}]}}"#;
+    namespace
+        .kubectl([
+            "patch",
+            "pod",
+            "resized",
+            "--subresource",
+            "resize",
+            "--patch",
+            patch,
+        ])
+        .run()
+        .success();
+    pod.wait_for(
+        "{.status.containerStatuses[0].resources.limits.cpu} {.status.containerStatuses[0].resources.limits.memory}",
+        "400m 120Mi",
+    );
+    eventually("the container has them", seconds(30), || {
+        (pod.sh(limits) == "40000 100000\n125829120").then_some(())
+    });
+    assert_eq!(pod.get(CONTAINER), container);
+    assert_eq!(pod.get(RESTARTS), "0");
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn what_the_node_mounts_later_is_seen_where_it_is_asked_for() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let scratch = cluster.bed().scratch();
+    let bed = cluster.bed();
+    bed.command(["mkdir", &scratch.file("later")])
+        .run()
+        .success();
+    let manifest = r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: watcher }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: busybox
+      command: [sleep, "1000"]
+      volumeMounts:
+        - { name: host, mountPath: /follows, mountPropagation: HostToContainer }
+        - { name: host, mountPath: /stays }
+  volumes: [{ name: host, hostPath: { path: SCRATCH } }]
+"#
+    .replace("SCRATCH", scratch.path());
+    let pod = namespace.start("watcher", &manifest);
+    let later = scratch.file("later");
+    bed.command(["mount", "-t", "tmpfs", "none", &later])
+        .run()
+        .success();
+    bed.write(&scratch.file("later/file"), "mounted");
+    assert_eq!(
+        pod.sh("cat /follows/later/file; ls /stays/later"),
+        "mounted"
+    );
+    bed.command(["umount", &later]).run().success();
+    eventually("it is gone again", seconds(30), || {
+        pod.sh("ls /follows/later").is_empty().then_some(())
+    });
+}
