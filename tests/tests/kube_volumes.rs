@@ -257,22 +257,52 @@ spec:
       resources: { limits: { memory: 128Mi } }
       volumeMounts:
         - { name: cache, mountPath: /cache }
-        - { name: dshm, mountPath: /dev/shm }
   volumes:
     - name: cache
       emptyDir: { medium: Memory, sizeLimit: 16Mi }
-    - name: dshm
-      emptyDir: { medium: Memory, sizeLimit: 32Mi }
 "#,
     );
     assert_eq!(pod.sh("df -m /cache | awk 'NR == 2 { print $2 }'"), "16");
-    assert_eq!(pod.sh("df -m /dev/shm | awk 'NR == 2 { print $2 }'"), "32");
     pod.exec(["dd", "if=/dev/zero", "of=/cache/fits", "bs=1M", "count=15"])
         .success();
     let full = pod
         .exec(["dd", "if=/dev/zero", "of=/cache/more", "bs=1M", "count=2"])
         .failure();
     assert!(full.err().contains("No space left"), "{}", full.report());
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn an_empty_dir_takes_the_place_of_dev_shm() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "database",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: database }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: busybox
+      command: [sleep, "1000"]
+      resources: { limits: { memory: 256Mi } }
+      volumeMounts:
+        - { name: dshm, mountPath: /dev/shm }
+        - { name: dshm, mountPath: /other }
+  volumes:
+    - name: dshm
+      emptyDir: { medium: Memory, sizeLimit: 128Mi }
+"#,
+    );
+    assert_eq!(pod.sh("df -m /dev/shm | awk 'NR == 2 { print $2 }'"), "128");
+    assert_eq!(
+        pod.sh("echo shared >/dev/shm/file; cat /other/file"),
+        "shared"
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-// Pins CoreDNS, of which main.go takes what a cluster needs; built by tests/tools/kubernetes.
+// Pins CoreDNS, of which main.go takes what a cluster needs; built by tests/tools/coredns.
 module sepal.test/tools/coredns
 
 go 1.26.0
