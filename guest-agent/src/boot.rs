@@ -250,6 +250,9 @@ fn limits() -> io::Result<()> {
     // The kernel derives this from the memory: a few hundred in a small guest.
     setrlimit(Resource::RLIMIT_NPROC, RLIM_INFINITY, RLIM_INFINITY)?;
     for (name, value) in [
+        // As the kubelet has it on its nodes: what counts is a container's limit, which the OOM killer
+        // enforces, and not how much of a small guest's memory a program sets aside.
+        ("vm/overcommit_memory", "1"),
         // Databases ask for this on every host; inside a container it cannot be set.
         ("vm/max_map_count", "1048576"),
         ("fs/inotify/max_user_instances", "1024"),
