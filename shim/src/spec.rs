@@ -321,10 +321,19 @@ fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || mount.options().iter().flatten().any(option)
 }
 
-/// CRI gives all containers of a pod one tmpfs of the host as /dev/shm. In a guest it must be the
-/// guest's own memory: pages shared through a file server are not coherent.
+/// CRI gives all containers of a pod one tmpfs of the host as /dev/shm, `sandboxes/ID/shm` in
+/// containerd's state. In a guest it must be the guest's own memory: pages shared through a file
+/// server are not coherent. A volume that somebody wants there is a volume like any other.
 fn is_shm(mount: &Mount, role: &Role) -> bool {
-    *role != Role::Alone && mount.destination() == Path::new(SHM)
+    let name = |path: &Path| path.file_name().map(|name| name.to_owned());
+    let source = mount.source().as_deref().unwrap_or(Path::new(""));
+    let is_containerds = name(source).is_some_and(|n| n == "shm")
+        && source
+            .ancestors()
+            .nth(2)
+            .and_then(name)
+            .is_some_and(|n| n == "sandboxes");
+    *role != Role::Alone && mount.destination() == Path::new(SHM) && is_containerds
 }
 
 /// The size of a process's terminal in rows and columns, where its spec tells one.

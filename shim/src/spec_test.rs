@@ -77,9 +77,12 @@ fn sockets_devices_and_absent_sources_are_refused_by_name() {
 
 #[test]
 fn the_pods_shm_is_the_guests_own() {
-    let mounts = json!({"mounts": [
-        {"destination": "/dev/shm", "type": "bind", "source": "/dev", "options": ["rbind"]}
-    ]});
+    let at_shm = |source: &str| {
+        json!({"mounts": [
+            {"destination": "/dev/shm", "type": "bind", "source": source, "options": ["rbind"]}
+        ]})
+    };
+    let mounts = at_shm("/run/containerd/io.containerd.grpc.v1.cri/sandboxes/s/shm");
     let role = Role::Member {
         sandbox: "s".into(),
     };
@@ -92,6 +95,10 @@ fn the_pods_shm_is_the_guests_own() {
         mount.source().as_deref(),
         Some(Path::new(paths::guest::SHM))
     );
+    // An emptyDir of medium Memory, which databases have there.
+    let volume = self::plan(at_shm("/dev"), &role).unwrap();
+    assert_eq!(volume.binds.len(), 1);
+    assert_eq!(volume.binds[0].source, Path::new("/dev"));
 }
 
 #[test]
