@@ -71,7 +71,10 @@ impl Pod {
         if created.is_err() {
             let (share, id) = (self.share.clone(), asked.id.clone());
             let _ = tokio::task::spawn_blocking(move || share.remove(&id)).await;
-            if let (false, Ok(up)) = (first, self.up().await) {
+            if !first
+                && !devices.is_empty()
+                && let Ok(up) = self.up().await
+            {
                 self.disks.release(&up.vm, &asked.id).await;
             }
             if first {
@@ -216,8 +219,8 @@ impl Pod {
                     .to_string(),
                 ..Default::default()
             }),
-            // pivot_root(2) refuses to move an initramfs.
             disks,
+            // pivot_root(2) refuses to move an initramfs.
             no_pivot: asked.no_pivot || self.config.initrd.is_some(),
             ..Default::default()
         };

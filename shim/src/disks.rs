@@ -69,6 +69,14 @@ impl Number {
         })
     }
 
+    /// Of an open block device, or of its node.
+    fn of_file(about: &std::fs::Metadata) -> Option<Self> {
+        about.file_type().is_block_device().then(|| Self {
+            major: libc::major(about.rdev()),
+            minor: libc::minor(about.rdev()),
+        })
+    }
+
     /// A virtio-blk serial of at most 20 bytes; the kernel's numbers have 12 and 20 bits.
     fn serial(self) -> String {
         format!("disk-{}:{}", self.major, self.minor)
@@ -128,11 +136,7 @@ fn may_write(linux: &Linux, device: &LinuxDevice) -> bool {
 
 /// The number of a block device's node on the host.
 fn number_of(node: &Path) -> Option<Number> {
-    let about = std::fs::metadata(node).ok()?;
-    about.file_type().is_block_device().then(|| Number {
-        major: libc::major(about.rdev()),
-        minor: libc::minor(about.rdev()),
-    })
+    Number::of_file(&std::fs::metadata(node).ok()?)
 }
 
 /// Opens a device of the host by the name that its kernel has for it (sysfs, `dev/block`): a spec
@@ -156,11 +160,10 @@ fn open(wanted: &Wanted) -> Result<OwnedFd, Error> {
         source,
     })?;
     // A name is reused when a device goes and another comes.
-    let same = file.metadata().is_ok_and(|about| {
-        about.file_type().is_block_device()
-            && (libc::major(about.rdev()), libc::minor(about.rdev())) == (major, minor)
-    });
-    if same { Ok(file.into()) } else { Err(absent()) }
+    match file.metadata() {
+        Ok(about) if Number::of_file(&about) == Some(wanted.number) => Ok(file.into()),
+        _ => Err(absent()),
+    }
 }
 
 /// The devices that are plugged into a pod's VM.

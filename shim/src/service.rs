@@ -337,12 +337,10 @@ impl Pod {
             // The guest goes as a whole: it need not take its container apart first.
             self.remove().await;
         } else {
-            if let Ok(up) = self.up().await
-                && let Err(e) = self.call(&up, up.agent.delete_process(&process.id())).await
-            {
-                tracing::warn!(container = id, "the guest cannot delete it: {e}");
-            }
             if let Ok(up) = self.up().await {
+                if let Err(e) = self.call(&up, up.agent.delete_process(&process.id())).await {
+                    tracing::warn!(container = id, "the guest cannot delete it: {e}");
+                }
                 self.disks.release(&up.vm, id).await;
             }
             let (share, of) = (self.share.clone(), id.to_string());

@@ -325,15 +325,11 @@ fn is_bind(mount: &Mount) -> bool {
 /// containerd's state. In a guest it must be the guest's own memory: pages shared through a file
 /// server are not coherent. A volume that somebody wants there is a volume like any other.
 fn is_shm(mount: &Mount, role: &Role) -> bool {
-    let name = |path: &Path| path.file_name().map(|name| name.to_owned());
-    let source = mount.source().as_deref().unwrap_or(Path::new(""));
-    let is_containerds = name(source).is_some_and(|n| n == "shm")
-        && source
-            .ancestors()
-            .nth(2)
-            .and_then(name)
-            .is_some_and(|n| n == "sandboxes");
-    *role != Role::Alone && mount.destination() == Path::new(SHM) && is_containerds
+    let mut parts = mount.source().iter().flat_map(|source| source.iter()).rev();
+    *role != Role::Alone
+        && mount.destination() == Path::new(SHM)
+        && parts.next().is_some_and(|name| name == "shm")
+        && parts.nth(1).is_some_and(|name| name == "sandboxes")
 }
 
 /// The size of a process's terminal in rows and columns, where its spec tells one.

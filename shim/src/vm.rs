@@ -245,10 +245,7 @@ impl Vm {
     pub async fn add_net(&self, number: usize, nic: Nic) -> Result<(), Error> {
         let mut fds = Vec::new();
         let spec = net_spec(number, nic, &mut |fd| push(&mut fds, fd));
-        match self.request(&Request::AddNet(spec), &fds).await? {
-            Response::Ok => Ok(()),
-            _ => Err(Error::Confused),
-        }
+        self.ask_with(&Request::AddNet(spec), &fds).await
     }
 
     /// Hot-plugs a block device, which the guest finds by its serial of at most 20 bytes.
@@ -267,10 +264,7 @@ impl Vm {
             file: FdIndex(0),
             read_only,
         };
-        match self.request(&Request::AddBlk(spec), &[file]).await? {
-            Response::Ok => Ok(()),
-            _ => Err(Error::Confused),
-        }
+        self.ask_with(&Request::AddBlk(spec), &[file]).await
     }
 
     /// Unplugs a block device, which takes until the guest has let go of it.
@@ -292,13 +286,8 @@ impl Vm {
         let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
         let directory = directory.read(true).custom_flags(flags).open(rootfs);
         let directory = directory.map_err(io("open the container's root"))?;
-        match self
-            .request(&Request::EnterRoot, &[directory.into()])
-            .await?
-        {
-            Response::Ok => Ok(()),
-            _ => Err(Error::Confused),
-        }
+        self.ask_with(&Request::EnterRoot, &[directory.into()])
+            .await
     }
 
     /// The file server.
@@ -311,7 +300,12 @@ impl Vm {
     /// # Errors
     /// The VMM refuses or has died.
     pub async fn ask(&self, request: &Request) -> Result<(), Error> {
-        match self.request(request, &[]).await? {
+        self.ask_with(request, &[]).await
+    }
+
+    /// As [`Vm::ask`], with descriptors that the request names.
+    async fn ask_with(&self, request: &Request, fds: &[OwnedFd]) -> Result<(), Error> {
+        match self.request(request, fds).await? {
             Response::Ok => Ok(()),
             _ => Err(Error::Confused),
         }
