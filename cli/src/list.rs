@@ -81,7 +81,7 @@ fn row(pod: &Pod, processes: &[Process]) -> Row {
     };
     row.vm_pid = Some(vm.pid);
     row.vcpus = Some(vm.state.cpus);
-    row.memory_bytes = Some(vm.state.memory);
+    row.memory_bytes = Some(vm.state.memory.saturating_add(vm.state.plugged));
     row.balloon_bytes = Some(vm.state.balloon);
     if let Some(vmm) = processes.iter().find(|process| process.pid == vm.pid) {
         let shim = processes.iter().find(|process| process.pid == vmm.parent);

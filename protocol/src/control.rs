@@ -45,6 +45,17 @@ pub enum Request {
         /// Bytes taken from the guest, a multiple of 4096.
         size: u64,
     },
+    /// Let the guest plug or unplug memory beyond its RAM until it has this much of it.
+    PlugMemory {
+        /// Bytes, a multiple of 2 MiB.
+        size: u64,
+    },
+    /// Make vCPUs until there are this many, for the guest to bring online. None is taken away: one
+    /// that the guest has brought offline costs nothing.
+    AddCpus {
+        /// At most [`CpuSpec::max`](crate::vm::CpuSpec).
+        count: u8,
+    },
     /// Take the directory that comes with this as the VMM's own root, so that /proc/PID/root leads
     /// to the container's files and not to the host's. Once; the guest can dial no port of the host
     /// afterwards.
@@ -88,16 +99,29 @@ pub struct Booted {
 pub struct VmState {
     /// False while paused.
     pub running: bool,
-    /// vCPUs at boot.
+    /// vCPUs that there are; the guest may have some of them offline.
     pub cpus: u8,
-    /// Guest RAM in bytes.
+    /// Guest RAM at boot, in bytes.
     pub memory: u64,
+    /// Bytes that the guest has plugged beyond it.
+    pub plugged: u64,
+    /// Most bytes that it may have plugged.
+    pub pluggable: u64,
     /// Bytes that the balloon holds.
     pub balloon: u64,
     /// Ids of hot-pluggable devices.
     pub devices: Vec<String>,
     /// The last lines of the guest's kernel log.
     pub console_tail: Vec<String>,
+}
+
+impl VmState {
+    /// Bytes of memory that the guest has at present.
+    pub const fn has_memory(&self) -> u64 {
+        self.memory
+            .saturating_add(self.plugged)
+            .saturating_sub(self.balloon)
+    }
 }
 
 /// Why a message could not be sent or taken.

@@ -78,6 +78,9 @@ pub struct CpuSpec {
 pub struct MemorySpec {
     /// Bytes, a multiple of 2 MiB.
     pub size: u64,
+    /// Bytes that it may grow to while the pod runs; absent, or less than `size`: it does not.
+    #[serde(default)]
+    pub max: u64,
     /// Back it by huge pages of the host.
     #[serde(default)]
     pub hugepages: bool,

@@ -210,6 +210,7 @@ impl Vm {
             cpus: size.cpus.clone(),
             memory: MemorySpec {
                 size: size.memory,
+                max: size.memory,
                 hugepages: config.hugepages,
                 mergeable: config.ksm,
             },

@@ -15,6 +15,7 @@ const ENTRY: u64 = 0x100_0000;
 fn ram() -> Ram {
     let spec = MemorySpec {
         size: 64 * MIB,
+        max: 0,
         hugepages: false,
         mergeable: false,
     };

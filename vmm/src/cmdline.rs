@@ -22,6 +22,8 @@ const ALWAYS: &[&str] = &[
     "rcupdate.rcu_expedited=1",
     // By default the kernel clears 2 MiB to give back all but 200 KiB of them.
     "percpu_alloc=page",
+    // Memory that is added is such that it can be taken away again, up to three times what is not.
+    "memory_hotplug.online_policy=auto-movable",
     // Interfaces that nobody has asked for; both kinds can be made.
     "dummy.numdummies=0",
     "ifb.numifbs=0",
@@ -74,6 +76,7 @@ mod tests {
             cpus: CpuSpec { boot: 1, max: 1 },
             memory: MemorySpec {
                 size: 256 << 20,
+                max: 0,
                 hugepages: false,
                 mergeable: false,
             },

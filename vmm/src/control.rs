@@ -250,7 +250,9 @@ impl Control {
                     Err(error) => Err(error.into()),
                 }
             }
-            Request::Balloon { size } => self.vm.set_balloon(size),
+            Request::Balloon { size } => self.vm.size.set_balloon(size),
+            Request::PlugMemory { size } => self.vm.plug_memory(size),
+            Request::AddCpus { count } => self.vm.add_cpus(count),
             Request::EnterRoot => fds
                 .take(FdIndex(0), "the root directory")
                 .and_then(|directory| crate::jail::enter(&directory)),
@@ -284,9 +286,12 @@ impl Control {
         let first = console_tail.len() - fits.count();
         VmState {
             running: !self.vm.vcpus.paused(),
-            cpus: self.vm.cpus,
-            memory: self.vm.memory,
-            balloon: self.vm.balloon(),
+            // At most 64.
+            cpus: self.vm.vcpus.count() as u8,
+            memory: self.vm.size.memory,
+            plugged: self.vm.size.plugged(),
+            pluggable: self.vm.size.pluggable(),
+            balloon: self.vm.size.balloon(),
             devices: self.vm.bus.pci.ids(),
             console_tail: console_tail.split_off(first),
         }

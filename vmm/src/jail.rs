@@ -36,6 +36,7 @@ pub fn before_boot() -> Result<()> {
     }
     crate::kvm::install_kick_handler().context("cannot handle the kick signal")?;
     seccomp::install_handler().context("cannot handle forbidden system calls")?;
+    crate::memory::install_bus_handler().context("cannot handle bus errors")?;
     Ok(())
 }
 

@@ -173,6 +173,8 @@ impl Default for Routes {
 pub enum Backing {
     /// Guest RAM, writable.
     Ram(Arc<MmapRegion>),
+    /// A part of a mapping, as RAM: at which offset, and its bytes.
+    Part(Arc<MmapRegion>, u64, u64),
     /// A file of the host that the guest may only read.
     Image(Arc<Image>),
     /// Configuration space, which the guest reads as memory and writes by leaving to us.
@@ -198,6 +200,14 @@ impl Machine {
     pub fn add_memory(&self, gpa: u64, backing: Backing) -> Result<SlotId, Error> {
         let (flags, address, size) = match &backing {
             Backing::Ram(region) => (0, region.as_ptr() as u64, region.size() as u64),
+            Backing::Part(region, offset, size) => {
+                let end = offset.checked_add(*size);
+                if end.is_none_or(|end| end > region.size() as u64) {
+                    let beyond = kvm_ioctls::Error::new(libc::EINVAL);
+                    return Err(ioctl("KVM_SET_USER_MEMORY_REGION")(beyond));
+                }
+                (0, region.as_ptr() as u64 + offset, *size)
+            }
             Backing::Image(image) => (KVM_MEM_READONLY, image.host_address(), image.size()),
             Backing::Config(pages) => (KVM_MEM_READONLY, pages.host_address(), ECAM_SIZE),
         };
@@ -214,8 +224,8 @@ impl Machine {
             memory_size: size,
             userspace_addr: address,
         };
-        // SAFETY: the range is exactly one live mapping, which `slots` keeps alive as long as the
-        // VM. What the guest does to it is seen only through volatile accesses.
+        // SAFETY: the range is one live mapping or lies within one, which `slots` keeps alive as long
+        // as the VM. What the guest does to it is seen only through volatile accesses.
         unsafe { self.vm.set_user_memory_region(slot) }
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         slots[index] = Some(backing);

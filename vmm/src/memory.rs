@@ -7,6 +7,7 @@
 //! 0xfec00000 ┼ I/O APIC, local APICs, KVM's own pages
 //!      4 GiB ┼ RAM beyond the first 3 GiB
 //! 1 GiB mark ┼ PCI window above RAM: persistent memory and DAX windows
+//!   + 64 GiB ┼ what memory may be added while the VM runs (`reserve`)
 //! ```
 //!
 //! RAM is one memfd mapped shared, so that vhost-user back ends see it and nothing depends on the
@@ -21,9 +22,11 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use nix::unistd::{Whence, lseek};
-use sepal_protocol::vm::MemorySpec;
+use sepal_protocol::vm::{ExitCause, MemorySpec};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+use crate::reserve::Reserve;
 
 /// One mebibyte.
 pub const MIB: u64 = 1 << 20;
@@ -137,6 +140,11 @@ impl Layout {
     pub fn mmio64_start(&self) -> u64 {
         (HIGH_RAM_START + self.high).next_multiple_of(GIB)
     }
+
+    /// Where memory goes on that is added while the VM runs.
+    pub fn reserve_start(&self) -> u64 {
+        (self.mmio64_start() + MMIO64_SIZE).next_multiple_of(2 * GIB)
+    }
 }
 
 /// Pages of a file that are to be guest RAM as they are.
@@ -171,14 +179,15 @@ impl Ram {
     /// A size that is not possible, or the host has no memory for it.
     #[cfg(test)]
     pub fn new(spec: &MemorySpec) -> Result<Self, Error> {
-        Self::map(RamFile::new(spec.hugepages)?, spec)
+        Self::map(RamFile::new(spec.hugepages)?, spec, None)
     }
 
     /// Gives `file` its size for good and maps it; the host gives pages as they are touched.
+    /// Devices see the reserve as memory from the start, whether or not there is any in it.
     ///
     /// # Errors
     /// A size that is not possible, or the host has no memory for it.
-    pub fn map(file: RamFile, spec: &MemorySpec) -> Result<Self, Error> {
+    pub fn map(file: RamFile, spec: &MemorySpec, reserve: Option<&Reserve>) -> Result<Self, Error> {
         let layout = Layout::new(spec.size)?;
         let (size, hugepages) = (spec.size, file.hugepages);
         let fixed = fix_size(&file.file, size);
@@ -189,33 +198,18 @@ impl Ram {
         let mut mapped = Vec::new();
         let mut offset = 0;
         for (gpa, size) in layout.ram() {
-            let region = MmapRegionBuilder::new(size as usize)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
-                .with_hugetlbfs(hugepages)
-                .with_file_offset(FileOffset::from_arc(memfd.clone(), offset))
-                .build()
-                .map_err(|reason| Error::Map {
-                    size,
-                    hugepages,
-                    reason,
-                })?;
-            let region = Arc::new(region);
-            advise(&region, libc::MADV_DONTDUMP);
-            if !hugepages {
-                // Takes effect where the host allows huge pages for shared memory on request
-                // (transparent_hugepage/shmem_enabled = advise); elsewhere it costs nothing.
-                advise(&region, libc::MADV_HUGEPAGE);
-            }
-            if spec.mergeable {
-                advise(&region, libc::MADV_MERGEABLE);
-            }
+            let from = FileOffset::from_arc(memfd.clone(), offset);
+            let region = map_shared(from, size, spec)?;
             let Some(guest) = GuestRegionMmap::with_arc(region.clone(), GuestAddress(gpa)) else {
                 return Err(Error::Size { size: spec.size });
             };
             mapped.push(guest);
             regions.push((gpa, region));
             offset += size;
+        }
+        if let Some(reserve) = reserve {
+            let region = GuestRegionMmap::with_arc(reserve.region(), GuestAddress(reserve.gpa()));
+            mapped.push(region.ok_or(Error::Size { size: spec.size })?);
         }
         let memory =
             GuestMemoryMmap::from_regions(mapped).map_err(|_| Error::Size { size: spec.size })?;
@@ -369,7 +363,37 @@ fn next_data(file: &File, at: u64, end: u64) -> Option<(u64, u64)> {
     }
 }
 
-fn memfd(name: &CStr, hugepages: bool) -> io::Result<File> {
+/// Maps `size` bytes of a file as guest memory.
+pub(crate) fn map_shared(
+    from: FileOffset,
+    size: u64,
+    spec: &MemorySpec,
+) -> Result<Arc<MmapRegion>, Error> {
+    let hugepages = spec.hugepages;
+    let region = MmapRegionBuilder::new(size as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+        .with_hugetlbfs(hugepages)
+        .with_file_offset(from)
+        .build()
+        .map_err(|reason| Error::Map {
+            size,
+            hugepages,
+            reason,
+        })?;
+    advise(&region, libc::MADV_DONTDUMP);
+    if !hugepages {
+        // Takes effect where the host allows huge pages for shared memory on request
+        // (transparent_hugepage/shmem_enabled = advise); elsewhere it costs nothing.
+        advise(&region, libc::MADV_HUGEPAGE);
+    }
+    if spec.mergeable {
+        advise(&region, libc::MADV_MERGEABLE);
+    }
+    Ok(Arc::new(region))
+}
+
+pub(crate) fn memfd(name: &CStr, hugepages: bool) -> io::Result<File> {
     let mut flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
     if hugepages {
         flags |= libc::MFD_HUGETLB;
@@ -385,9 +409,13 @@ fn memfd(name: &CStr, hugepages: bool) -> io::Result<File> {
 
 fn fix_size(file: &File, size: u64) -> io::Result<()> {
     file.set_len(size)?;
-    // A back end that shares this memory must not be able to shrink it below our feet: access
-    // beyond its end would kill the VMM with SIGBUS.
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    seal(file, libc::F_SEAL_GROW)
+}
+
+/// Nobody shrinks this file from now on, nor changes its seals, nor does what `besides` forbids. A
+/// back end that shares this memory must not be able to take it from below our feet.
+pub(crate) fn seal(file: &File, besides: libc::c_int) -> io::Result<()> {
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_SEAL | besides;
     // SAFETY: fcntl with an integer argument on a descriptor that we own.
     if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } < 0 {
         return Err(io::Error::last_os_error());
@@ -508,6 +536,37 @@ impl Drop for ConfigPages {
     }
 }
 
+/// Makes an access to mapped memory that is not there end the VM with a sentence.
+///
+/// # Errors
+/// sigaction(2).
+pub fn install_bus_handler() -> io::Result<()> {
+    // SAFETY: an all-zero sigaction is valid; the handler is async-signal-safe (see there).
+    let done = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_bus_error as *const () as libc::sighandler_t;
+        libc::sigemptyset(&mut action.sa_mask);
+        libc::sigaction(libc::SIGBUS, &action, std::ptr::null_mut())
+    };
+    if done < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+extern "C" fn on_bus_error(_signal: libc::c_int) {
+    const TEXT: &[u8] =
+        b"sepal-vmm: memory that is mapped is not there: the guest had a device use \
+        memory that it was not given, the guest image was cut short, or the host has no huge page \
+        left\n";
+    // SAFETY: write(2) and _exit(2) are async-signal-safe; the buffer is a constant.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, TEXT.as_ptr().cast(), TEXT.len());
+        libc::_exit(ExitCause::GuestCrash.status().into());
+    }
+}
+
 /// Advice is only advice: what the host does not know it ignores.
 fn advise(region: &MmapRegion, advice: i32) {
     // SAFETY: the range is exactly this live mapping, and none of the values used above changes
@@ -519,95 +578,5 @@ fn advise(region: &MmapRegion, advice: i32) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use vm_memory::GuestMemoryBackend;
-
-    fn spec(size: u64) -> MemorySpec {
-        MemorySpec {
-            size,
-            hugepages: false,
-            mergeable: false,
-        }
-    }
-
-    #[test]
-    fn small_ram_lies_in_one_piece() {
-        let layout = Layout::new(256 * MIB).unwrap();
-        assert_eq!(layout.ram().collect::<Vec<_>>(), [(0, 256 * MIB)]);
-        assert_eq!(layout.mmio64_start(), 4 * GIB);
-    }
-
-    #[test]
-    fn big_ram_leaves_the_hole_free() {
-        let layout = Layout::new(5 * GIB + 2 * MIB).unwrap();
-        let ram: Vec<_> = layout.ram().collect();
-        assert_eq!(ram, [(0, 3 * GIB), (4 * GIB, 2 * GIB + 2 * MIB)]);
-        assert_eq!(layout.mmio64_start(), 7 * GIB);
-    }
-
-    #[test]
-    fn sizes_that_do_not_fit_are_refused() {
-        for size in [
-            0,
-            MIB,
-            MIN_RAM - RAM_UNIT,
-            MIN_RAM + 4096,
-            MAX_RAM + RAM_UNIT,
-            u64::MAX,
-        ] {
-            assert!(
-                matches!(Layout::new(size), Err(Error::Size { .. })),
-                "{size}"
-            );
-        }
-    }
-
-    #[test]
-    fn ram_is_readable_where_the_layout_says_and_nowhere_else() {
-        let ram = Ram::new(&spec(4 * GIB)).unwrap();
-        for gpa in [0, 3 * GIB - 8, 4 * GIB, 5 * GIB - 8] {
-            ram.memory.write_obj(gpa, GuestAddress(gpa)).unwrap();
-            assert_eq!(ram.memory.read_obj::<u64>(GuestAddress(gpa)).unwrap(), gpa);
-        }
-        for gpa in [3 * GIB, 4 * GIB - 8, 5 * GIB] {
-            assert!(!ram.memory.address_in_range(GuestAddress(gpa)), "{gpa:#x}");
-        }
-    }
-
-    #[test]
-    fn holes_of_a_file_leave_ram_untouched() {
-        use std::os::unix::fs::{FileExt, MetadataExt};
-        let mut source = tempfile::tempfile().unwrap();
-        source.set_len(8 * MIB).unwrap();
-        source.write_all_at(b"first", 0).unwrap();
-        source.write_all_at(b"second", 4 * MIB + 5).unwrap();
-        let file = RamFile::new(false).unwrap();
-        file.target()
-            .fill(&mut source, 0, 8 * MIB, 16 * MIB)
-            .unwrap();
-        assert!(file.file.metadata().unwrap().blocks() * 512 <= MIB);
-        let ram = Ram::map(file, &spec(64 * MIB)).unwrap();
-        let mut text = [0; 6];
-        ram.memory
-            .read_slice(&mut text, GuestAddress(20 * MIB + 5))
-            .unwrap();
-        assert_eq!(&text, b"second");
-        let past_the_end = ram.target().fill(&mut source, 8 * MIB - 1, 2, 32 * MIB);
-        assert_eq!(
-            past_the_end.unwrap_err().kind(),
-            io::ErrorKind::UnexpectedEof
-        );
-    }
-
-    #[test]
-    fn both_pieces_are_parts_of_one_file() {
-        let ram = Ram::new(&spec(4 * GIB)).unwrap();
-        let offsets: Vec<_> = ram
-            .regions
-            .iter()
-            .map(|(_, r)| r.file_offset().unwrap().start())
-            .collect();
-        assert_eq!(offsets, [0, 3 * GIB]);
-    }
-}
+#[path = "memory_test.rs"]
+mod tests;

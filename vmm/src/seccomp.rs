@@ -104,6 +104,8 @@ const CONTROL: &[i64] = &[
     libc::SYS_lseek,
     // Configuration space of what is plugged.
     libc::SYS_pwrite64,
+    // Memory that is added.
+    libc::SYS_ftruncate,
     // The container's root as ours.
     libc::SYS_fchdir,
     libc::SYS_chroot,
@@ -175,9 +177,9 @@ fn calls_of_device(device: DeviceType) -> &'static [i64] {
             libc::SYS_getsockopt,
             libc::SYS_setsockopt,
         ],
-        DeviceType::Balloon => &[libc::SYS_fallocate],
+        DeviceType::Balloon | DeviceType::Mem => &[libc::SYS_fallocate],
         DeviceType::Fs => &[libc::SYS_recvmsg, libc::SYS_sendmsg],
-        DeviceType::Net | DeviceType::Rng | DeviceType::Mem | DeviceType::Pmem => &[],
+        DeviceType::Net | DeviceType::Rng | DeviceType::Pmem => &[],
     }
 }
 

@@ -18,6 +18,7 @@ use crate::boot::Entry;
 use crate::bus::Bus;
 use crate::exit::Exit;
 use crate::kvm::{self, RunningVcpu, Vcpu};
+use crate::launcher::Launcher;
 use crate::{jail, seccomp};
 
 /// IA32_MISC_ENABLE: fast string operations on.
@@ -62,11 +63,15 @@ pub fn configure(
             tracing::debug!(msr = format_args!("{index:#x}"), "KVM refuses an MSR");
         }
     }
-    let Some(entry) = entry else { return Ok(()) };
+    let mut lapic = vcpu.lapic()?;
+    let Some(entry) = entry else {
+        // KVM finds CPUs by a map that it renews when an APIC is set, not yet when one is made: a CPU
+        // that comes later would never hear of its INIT.
+        return vcpu.set_lapic(&lapic);
+    };
 
     // Legacy interrupts and NMI on the boot CPU's pins, as firmware leaves them (Intel MP
     // specification, 3.6.2.2). Others keep theirs masked.
-    let mut lapic = vcpu.lapic()?;
     set_lvt_mode(&mut lapic.regs, APIC_LVT_LINT0, MODE_EXTINT);
     set_lvt_mode(&mut lapic.regs, APIC_LVT_LINT1, MODE_NMI);
     vcpu.set_lapic(&lapic)?;
@@ -81,6 +86,15 @@ pub fn configure(
         rsi: entry.zero_page,
         ..Default::default()
     })
+}
+
+/// How many bits a guest-physical address has (CPUID.80000008H:EAX). A CPU that does not tell has 36.
+pub fn address_bits(supported: &CpuId) -> u32 {
+    let leaf = supported
+        .as_slice()
+        .iter()
+        .find(|leaf| leaf.function == 0x8000_0008);
+    leaf.map_or(36, |leaf| leaf.eax & 0xff)
 }
 
 fn set_lvt_mode(regs: &mut [libc::c_char], offset: usize, mode: u32) {
@@ -181,6 +195,8 @@ impl Gate {
 /// All vCPU threads of the VM.
 pub struct Vcpus {
     gate: Arc<Gate>,
+    bus: Arc<Bus>,
+    exit: Arc<Exit>,
     threads: Vec<JoinHandle<()>>,
 }
 
@@ -190,43 +206,38 @@ impl Vcpus {
     /// # Errors
     /// The host gives no thread.
     pub fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>, exit: &Arc<Exit>) -> io::Result<Self> {
-        let gate = Arc::new(Gate::default());
         let mut all = Self {
-            gate,
+            gate: Arc::new(Gate::default()),
+            bus: bus.clone(),
+            exit: exit.clone(),
             threads: Vec::with_capacity(vcpus.len()),
         };
         for vcpu in vcpus {
-            let (gate, bus, exit) = (all.gate.clone(), bus.clone(), exit.clone());
-            all.gate.lock().inside += 1;
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{}", vcpu.id()))
-                .stack_size(256 * 1024)
-                .spawn(move || {
-                    if let Err(error) = jail::confine_thread(seccomp::Thread::Vcpu) {
-                        exit.end(
-                            ExitCause::Internal,
-                            format!("cannot confine a vCPU: {error}"),
-                        );
-                    } else {
-                        // The panic hook reports it; without a vCPU the VM would only hang.
-                        let run = AssertUnwindSafe(|| run(vcpu, &gate, &bus, &exit));
-                        if catch_unwind(run).is_err() {
-                            exit.end(ExitCause::Internal, "a vCPU's thread panicked");
-                        }
-                    }
-                    gate.lock().inside -= 1;
-                    gate.changed.notify_all();
-                });
-            match thread {
+            match start(vcpu, all.gate.clone(), bus.clone(), exit.clone()) {
                 Ok(thread) => all.threads.push(thread),
                 Err(error) => {
-                    all.gate.lock().inside -= 1;
                     all.stop();
                     return Err(error);
                 }
             }
         }
         Ok(all)
+    }
+
+    /// Adds one to those that run. The launcher's thread starts it: this one may not start any.
+    ///
+    /// # Errors
+    /// The host gives no thread.
+    pub fn add(&mut self, vcpu: Vcpu, launcher: &Launcher) -> io::Result<()> {
+        let (gate, bus, exit) = (self.gate.clone(), self.bus.clone(), self.exit.clone());
+        let started = launcher.call(move || start(vcpu, gate, bus, exit));
+        self.threads.push(started.map_err(io::Error::other)??);
+        Ok(())
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.threads.len()
     }
 
     /// Returns when no vCPU executes guest code any more.
@@ -273,6 +284,41 @@ impl Vcpus {
                 .unwrap_or_else(|e| e.into_inner());
         }
     }
+}
+
+/// Starts the thread of a vCPU.
+fn start(
+    vcpu: Vcpu,
+    gate: Arc<Gate>,
+    bus: Arc<Bus>,
+    exit: Arc<Exit>,
+) -> io::Result<JoinHandle<()>> {
+    let theirs = gate.clone();
+    gate.lock().inside += 1;
+    let thread = std::thread::Builder::new()
+        .name(format!("vcpu{}", vcpu.id()))
+        .stack_size(256 * 1024)
+        .spawn(move || {
+            let gate = theirs;
+            if let Err(error) = jail::confine_thread(seccomp::Thread::Vcpu) {
+                exit.end(
+                    ExitCause::Internal,
+                    format!("cannot confine a vCPU: {error}"),
+                );
+            } else {
+                // The panic hook reports it; without a vCPU the VM would only hang.
+                let run = AssertUnwindSafe(|| run(vcpu, &gate, &bus, &exit));
+                if catch_unwind(run).is_err() {
+                    exit.end(ExitCause::Internal, "a vCPU's thread panicked");
+                }
+            }
+            gate.lock().inside -= 1;
+            gate.changed.notify_all();
+        });
+    if thread.is_err() {
+        gate.lock().inside -= 1;
+    }
+    thread
 }
 
 /// Counts of what one vCPU left the guest for, told when it ends: the next saving at start-up.

@@ -28,7 +28,9 @@ use crate::memory::{LOW_RAM_END, Layout, MMIO64_SIZE, Ram, RamFile};
 use crate::pci::virtio::VirtioPci;
 use crate::pci::{self, PciBus};
 use crate::platform::{EVENT_PIN, Platform};
+use crate::reserve::Reserve;
 use crate::serial::Serial;
+use crate::size::Size;
 use crate::vcpu::{self, Vcpus};
 use crate::virtio::balloon::{self, Balloon};
 use crate::virtio::blk::Blk;
@@ -152,11 +154,8 @@ pub struct Vm {
     pub log: Arc<Log>,
     /// Written to when the guest has let go of a device.
     pub ejected: EventFd,
-    /// vCPUs at boot.
-    pub cpus: u8,
-    /// Bytes of RAM.
-    pub memory: u64,
-    balloon: Option<Arc<balloon::Control>>,
+    /// How large it is, and how large it may become.
+    pub size: Size,
     builder: Builder,
 }
 
@@ -172,7 +171,7 @@ impl Vm {
     /// # Errors
     /// A descriptor that is no tap; no slot is free; the id is taken.
     pub fn add_net(&mut self, spec: &NetSpec, fds: &mut Descriptors) -> Result<()> {
-        self.plug(&spec.id, || {
+        self.plug(Some(&spec.id), || {
             open_net(spec, fds).map(|net| Box::new(net) as _)
         })
     }
@@ -182,48 +181,57 @@ impl Vm {
     /// # Errors
     /// A file that is not usable; no slot is free; the id is taken.
     pub fn add_blk(&mut self, spec: &BlkSpec, fds: &mut Descriptors) -> Result<()> {
-        self.plug(&spec.id, || {
+        self.plug(Some(&spec.id), || {
             open_blk(spec, fds).map(|blk| Box::new(blk) as _)
         })
     }
 
     fn plug(
         &mut self,
-        id: &str,
+        id: Option<&str>,
         open: impl FnOnce() -> Result<Box<dyn VirtioDevice>>,
     ) -> Result<()> {
         let slot = self.bus.pci.free_hot_slot(id)?;
         let device = open()?;
         let function = self.builder.function(slot, device)?;
-        self.bus.pci.insert(slot, Some(id.to_owned()), function);
+        self.bus.pci.insert(slot, id.map(str::to_owned), function);
         self.bus.platform.plugged(1 << slot);
         Ok(())
     }
 
-    /// Lets the balloon take `bytes` from the guest.
+    /// Lets the guest plug or unplug until it has `bytes` of memory beyond its RAM. The device for that
+    /// is plugged with the first of it.
     ///
     /// # Errors
-    /// There is no balloon, or more is asked for than there is.
-    pub fn set_balloon(&self, bytes: u64) -> Result<()> {
-        let balloon = self
-            .balloon
-            .as_ref()
-            .ok_or_else(|| anyhow!("this VM has no balloon"))?;
-        if bytes >= self.memory || !bytes.is_multiple_of(4096) {
-            bail!(
-                "a balloon of {bytes} bytes is not possible in {} bytes of memory",
-                self.memory
-            );
-        }
-        if !balloon.set_target(bytes) {
-            bail!("the guest has no driver for the balloon");
-        }
+    /// More than the VM has addresses for; the host has no memory; the guest has no driver.
+    pub fn plug_memory(&mut self, bytes: u64) -> Result<()> {
+        let Some(device) = self.size.plug(bytes, &self.builder.machine)? else {
+            return Ok(());
+        };
+        let control = device.control();
+        // Without an id: nobody may take it away.
+        self.plug(None, || Ok(Box::new(device)))?;
+        self.size.added = Some(control);
         Ok(())
     }
 
-    /// Bytes that the balloon holds.
-    pub fn balloon(&self) -> u64 {
-        self.balloon.as_ref().map_or(0, |balloon| balloon.held())
+    /// Makes vCPUs until there are `count`.
+    ///
+    /// # Errors
+    /// More than the guest has been told of at boot; the host gives none.
+    pub fn add_cpus(&mut self, count: u8) -> Result<()> {
+        let max = self.size.cpus.max;
+        if count > max {
+            bail!("{count} CPUs are not possible: this VM was made for at most {max}");
+        }
+        // Below 64, as that is the most there may be.
+        for id in self.vcpus.count() as u8..count {
+            let vcpu = self.builder.machine.create_vcpu(id)?;
+            vcpu::configure(&vcpu, &self.size.cpuid, max, None)?;
+            let added = self.vcpus.add(vcpu, &self.builder.launcher);
+            added.with_context(|| format!("cannot start the thread of CPU {id}"))?;
+        }
+        Ok(())
     }
 }
 
@@ -303,7 +311,8 @@ pub fn boot(
         Some(ready) if ready.path == kernel && !hugepages => (ready.ram, Some(ready.kernel)),
         _ => (RamFile::new(hugepages)?, None),
     };
-    let ram = Ram::map(file, &spec.memory)?;
+    let reserve = Reserve::new(&spec.memory, vcpu::address_bits(&cpuid))?;
+    let ram = Ram::map(file, &spec.memory, reserve.as_ref())?;
     let mut window = Window::above(&ram.layout);
     let image = spec
         .image
@@ -381,7 +390,7 @@ pub fn boot(
     });
 
     let mut cpus = vec![boot_cpu];
-    for id in 1..spec.cpus.max {
+    for id in 1..spec.cpus.boot {
         cpus.push(machine.create_vcpu(id)?);
     }
     for cpu in &cpus {
@@ -396,9 +405,7 @@ pub fn boot(
         bus,
         log,
         ejected,
-        cpus: spec.cpus.boot,
-        memory: spec.memory.size,
-        balloon,
+        size: Size::new(spec, cpuid, reserve, balloon),
         builder,
     })
 }

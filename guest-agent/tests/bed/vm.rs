@@ -65,6 +65,7 @@ impl Vm {
             cpus: CpuSpec { boot: 1, max: 1 },
             memory: MemorySpec {
                 size: 384 << 20,
+                max: 0,
                 hugepages: false,
                 mergeable: false,
             },

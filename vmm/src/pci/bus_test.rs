@@ -114,14 +114,17 @@ fn a_device_goes_when_the_guest_lets_go_of_it() {
 fn slots_and_ids_are_given_once() {
     let bus = bus();
     assert_eq!(bus.free_boot_slot().unwrap(), 2);
-    assert_eq!(bus.free_hot_slot("net2").unwrap(), 17);
-    assert!(matches!(bus.free_hot_slot("net1"), Err(Error::Exists(_))));
+    assert_eq!(bus.free_hot_slot(Some("net2")).unwrap(), 17);
+    assert!(matches!(
+        bus.free_hot_slot(Some("net1")),
+        Err(Error::Exists(_))
+    ));
     for slot in HOT_SLOTS {
         let id = Some(format!("dev{slot}"));
         bus.insert(slot, id, function(slot, Box::new(Rng::default())));
     }
     assert!(matches!(
-        bus.free_hot_slot("one more"),
+        bus.free_hot_slot(Some("one more")),
         Err(Error::Full(16))
     ));
 }

@@ -100,12 +100,14 @@ impl PciBus {
         self.free_slot(BOOT_SLOTS)
     }
 
-    /// A slot for a device that is plugged now under `id`.
+    /// A slot for a device that is plugged now, under `id` if it can be unplugged.
     ///
     /// # Errors
     /// [`Error::Full`]; [`Error::Exists`] if the id is taken.
-    pub fn free_hot_slot(&self, id: &str) -> Result<u8, Error> {
-        if self.ids().iter().any(|taken| taken == id) {
+    pub fn free_hot_slot(&self, id: Option<&str>) -> Result<u8, Error> {
+        if let Some(id) = id
+            && self.ids().iter().any(|taken| taken == id)
+        {
             return Err(Error::Exists(id.into()));
         }
         self.free_slot(HOT_SLOTS)

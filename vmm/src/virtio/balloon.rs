@@ -1,37 +1,35 @@
 //! virtio-balloon (virtio 1.2, section 5.5): memory that the guest gives back to the host.
 //!
 //! Two ways: the host asks for pages (the balloon is inflated until it holds what [`Control`] says)
-//! and the guest tells of pages that it does not use anyway (free page reporting). Either way they
-//! are cut out of the memfd behind guest RAM: their memory is the host's at once, in every process
-//! that has RAM mapped, and they read as zero when the guest touches them again.
+//! and the guest tells of pages that it does not use anyway (free page reporting). Either way their
+//! memory is the host's at once ([`super::discard`]).
 
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::epoll::EpollFlags;
-use vm_memory::{
-    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MemoryRegionAddress,
-};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::buffer::Reader;
 use super::device::{
     ActivateError, Activation, DeviceType, Interrupt, SHARED_VECTORS, VirtioDevice,
 };
+use super::discard::{cut, punch};
 use super::error::{Complaints, DeviceError};
 use super::features;
 use super::ring::{Chain, Ring};
 use super::worker::{Handler, Next, Waits, Worker};
 
 /// Unit of the balloon, whatever the guest's page size (5.5.6).
-pub const PAGE: u64 = 4096;
+pub use super::discard::PAGE;
 
-// Feature bits (5.5.3).
+/// In the log.
+const NAME: &str = "balloon";
+
+// Feature bits (5.5.3). Without DEFLATE_ON_OOM what the balloon holds is the host's: the guest's total
+// memory is less by it, and a process that would need it is killed rather than given it back.
 const STATS_VQ: u64 = 1 << 1;
-const DEFLATE_ON_OOM: u64 = 1 << 2;
 const PAGE_REPORTING: u64 = 1 << 5;
 
 const INFLATE: u16 = 0;
@@ -150,7 +148,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        features::RING | STATS_VQ | DEFLATE_ON_OOM | PAGE_REPORTING
+        features::RING | STATS_VQ | PAGE_REPORTING
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -333,35 +331,18 @@ fn inflate(memory: &GuestMemoryMmap, list: &mut Reader<'_>, complaints: &mut Com
             Some((_, end)) if *end == gpa => *end += PAGE,
             Some((start, _)) if gpa + PAGE == *start => *start = gpa,
             _ => {
-                returned += run.map_or(0, |run| cut(memory, run, complaints));
+                returned += run.map_or(0, |run| cut(memory, run, NAME, complaints));
                 run = Some((gpa, gpa + PAGE));
             }
         }
     }
     if !list.is_empty() {
         complaints.warn(
-            "balloon",
+            NAME,
             &format_args!("{} bytes left of a page list", list.len()),
         );
     }
-    returned + run.map_or(0, |run| cut(memory, run, complaints))
-}
-
-/// Cuts a range of pages out of the memory behind guest RAM. Returns the bytes given back.
-fn cut(memory: &GuestMemoryMmap, (start, end): (u64, u64), complaints: &mut Complaints) -> u64 {
-    let mut returned = 0;
-    let mut at = start;
-    while at < end {
-        let Some((region, offset)) = memory.to_region_addr(GuestAddress(at)) else {
-            complaints.warn("balloon", &format_args!("page at {at:#x} is not RAM"));
-            at += PAGE;
-            continue;
-        };
-        let length = (end - at).min(region.len() - offset.raw_value());
-        returned += punch(region, offset, length, complaints);
-        at += length;
-    }
-    returned
+    returned + run.map_or(0, |run| cut(memory, run, NAME, complaints))
 }
 
 /// Takes the ranges that the driver reports. They are buffers of the chain, which has been checked.
@@ -379,30 +360,14 @@ fn report(memory: &GuestMemoryMmap, chain: &Chain<'_>, complaints: &mut Complain
         let start = offset.next_multiple_of(PAGE);
         let end = (offset + length as u64) / PAGE * PAGE;
         if start < end {
-            returned += punch(region, MemoryRegionAddress(start), end - start, complaints);
+            returned += punch(
+                region,
+                MemoryRegionAddress(start),
+                end - start,
+                NAME,
+                complaints,
+            );
         }
     }
     returned
-}
-
-fn punch(
-    region: &GuestRegionMmap,
-    offset: MemoryRegionAddress,
-    length: u64,
-    complaints: &mut Complaints,
-) -> u64 {
-    // RAM that is no file cannot be shared with a back end either: the VM builder makes none.
-    let Some(file) = region.file_offset() else {
-        return 0;
-    };
-    let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-    // Both lie within a file.
-    let at = (file.start() + offset.raw_value()) as i64;
-    match fallocate(file.file().as_fd(), mode, at, length as i64) {
-        Ok(()) => length,
-        Err(error) => {
-            complaints.warn("balloon", &format_args!("giving memory back: {error}"));
-            0
-        }
-    }
 }

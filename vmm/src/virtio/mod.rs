@@ -13,9 +13,11 @@ pub mod buffer;
 pub mod call;
 pub mod console;
 pub mod device;
+pub mod discard;
 pub mod error;
 pub mod features;
 pub mod fs;
+pub mod mem;
 pub mod net;
 pub mod pmem;
 pub mod ring;
@@ -32,6 +34,8 @@ mod blk_test;
 mod fs_test;
 #[cfg(test)]
 mod fs_test_backend;
+#[cfg(test)]
+mod mem_test;
 #[cfg(test)]
 mod ring_test;
 #[cfg(test)]

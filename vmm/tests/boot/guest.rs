@@ -104,6 +104,7 @@ impl Vmm {
             cpus: CpuSpec { boot: 1, max: 1 },
             memory: MemorySpec {
                 size: 256 << 20,
+                max: 0,
                 hugepages: false,
                 mergeable: false,
             },

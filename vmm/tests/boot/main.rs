@@ -5,3 +5,4 @@
 mod guest;
 mod linux;
 mod machine;
+mod resize;

@@ -1,0 +1,203 @@
+//! The reserve: guest-physical addresses above everything else, by which memory can grow.
+//!
+//! Its addresses are mapped when the VM is made, so that every device and back end knows them from the
+//! start and need not be told later; that costs one file without a byte in it. Memory is where
+//! [`Reserve::grant`] has put some: the file is made longer and KVM gets a slot for it. What lies
+//! beyond is no memory to the guest, and a device that is made to use it ends the VM
+//! ([`crate::memory::install_bus_handler`]). Which parts of what is granted the guest uses is between
+//! it and [`crate::virtio::mem`].
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use sepal_protocol::vm::MemorySpec;
+use vm_memory::{FileOffset, MmapRegion};
+
+use crate::kvm::{self, Backing, Machine};
+use crate::memory::{Error, GIB, Layout, MAX_RAM, MIB, RAM_UNIT, map_shared, memfd, seal};
+
+/// Linux on x86-64 adds memory in blocks of this size; with much of it in larger ones, up to
+/// [`LARGE_BLOCK`] (arch/x86/mm/init_64.c, probe_memory_block_size).
+const BLOCK: u64 = 128 * MIB;
+const LARGE_BLOCK: u64 = 2 * GIB;
+/// Where the larger ones begin.
+const MUCH: u64 = 64 * GIB;
+
+/// Why there is not more memory.
+#[derive(Debug, thiserror::Error)]
+pub enum GrantError {
+    /// The file cannot become longer.
+    #[error("cannot allocate memory to be added: {0}")]
+    Allocate(#[from] io::Error),
+    /// KVM has no slot left.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+}
+
+/// Addresses for memory that is added later.
+pub struct Reserve {
+    gpa: u64,
+    size: u64,
+    /// What is granted at a time.
+    unit: u64,
+    granted: u64,
+    region: Arc<MmapRegion>,
+    file: Arc<File>,
+    hugepages: bool,
+}
+
+impl Reserve {
+    /// Room for what `spec` may grow by, if it may, as far as `address_bits` of the guest's CPU reach.
+    ///
+    /// # Errors
+    /// A size that is not possible; the host has no addresses left for it.
+    pub fn new(spec: &MemorySpec, address_bits: u32) -> Result<Option<Self>, Error> {
+        let layout = Layout::new(spec.size)?;
+        if spec.max > MAX_RAM || !spec.max.is_multiple_of(RAM_UNIT) {
+            return Err(Error::Size { size: spec.max });
+        }
+        let gpa = layout.reserve_start();
+        let unit = if layout.mmio64_start() > MUCH {
+            LARGE_BLOCK
+        } else {
+            BLOCK
+        };
+        let addressable = 1_u64.checked_shl(address_bits).unwrap_or(u64::MAX);
+        let size = spec.max.saturating_sub(spec.size).next_multiple_of(unit);
+        let size = size.min(addressable.saturating_sub(gpa) / unit * unit);
+        if size == 0 {
+            return Ok(None);
+        }
+        let hugepages = spec.hugepages;
+        let failed = |reason| Error::Allocate { hugepages, reason };
+        let file = memfd(c"sepal-reserve", hugepages).map_err(failed)?;
+        if hugepages {
+            // To map such a file makes it as long as the mapping; pages are taken as they are touched.
+            file.set_len(size).map_err(failed)?;
+        }
+        seal(&file, 0).map_err(failed)?;
+        let file = Arc::new(file);
+        let from = FileOffset::from_arc(file.clone(), 0);
+        Ok(Some(Self {
+            gpa,
+            size,
+            unit,
+            granted: 0,
+            region: map_shared(from, size, spec)?,
+            file,
+            hugepages,
+        }))
+    }
+
+    /// Its first address.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Its bytes, with and without memory.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// All of it as this process has it mapped.
+    pub fn region(&self) -> Arc<MmapRegion> {
+        self.region.clone()
+    }
+
+    /// Sees to it that the first `bytes` are memory, at least, and says how many are. It is never
+    /// taken back; what the guest does not use of it costs nothing.
+    ///
+    /// # Errors
+    /// More than there is room for, or the host refuses.
+    pub fn grant(&mut self, bytes: u64, machine: &Machine) -> Result<u64, GrantError> {
+        let wanted = bytes.next_multiple_of(self.unit);
+        if wanted > self.size {
+            return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
+        }
+        if wanted > self.granted {
+            if !self.hugepages {
+                self.file.set_len(wanted)?;
+            }
+            let more = wanted - self.granted;
+            let more = Backing::Part(self.region.clone(), self.granted, more);
+            machine.add_memory(self.gpa + self.granted, more)?;
+            self.granted = wanted;
+        }
+        Ok(self.granted)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    fn spec(size: u64, max: u64) -> MemorySpec {
+        MemorySpec {
+            size,
+            max,
+            hugepages: false,
+            mergeable: false,
+        }
+    }
+
+    #[test]
+    fn it_lies_above_the_windows_in_whole_blocks() {
+        let reserve = Reserve::new(&spec(256 * MIB, GIB), 46).unwrap().unwrap();
+        assert_eq!((reserve.gpa(), reserve.size()), (68 * GIB, 768 * MIB));
+        let odd = spec(256 * MIB + RAM_UNIT, GIB);
+        assert_eq!(Reserve::new(&odd, 46).unwrap().unwrap().size(), 768 * MIB);
+        let much = Reserve::new(&spec(65 * GIB, 66 * GIB), 46)
+            .unwrap()
+            .unwrap();
+        assert_eq!((much.gpa() % LARGE_BLOCK, much.size()), (0, LARGE_BLOCK));
+    }
+
+    #[test]
+    fn there_is_none_without_room_to_grow() {
+        for (spec, bits) in [
+            (spec(256 * MIB, 0), 46),
+            (spec(256 * MIB, 256 * MIB), 46),
+            (spec(256 * MIB, GIB), 36),
+        ] {
+            assert!(Reserve::new(&spec, bits).unwrap().is_none(), "{spec:?}");
+        }
+        for (max, left) in [(8 * GIB, 8 * GIB - 256 * MIB), (100 * GIB, 60 * GIB)] {
+            let reserve = Reserve::new(&spec(256 * MIB, max), 37).unwrap().unwrap();
+            assert_eq!(reserve.size(), left);
+        }
+        for max in [MAX_RAM + RAM_UNIT, 300 * MIB + 4096] {
+            assert!(Reserve::new(&spec(256 * MIB, max), 46).is_err(), "{max}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_behind_it_at_first_and_nobody_can_shrink_it() {
+        let reserve = Reserve::new(&spec(256 * MIB, 8 * GIB), 46)
+            .unwrap()
+            .unwrap();
+        let metadata = reserve.file.metadata().unwrap();
+        assert_eq!((metadata.len(), metadata.blocks()), (0, 0));
+        reserve.file.set_len(4096).unwrap();
+        assert!(reserve.file.set_len(0).is_err());
+    }
+
+    #[test]
+    fn memory_is_granted_in_blocks_and_stays() {
+        let Ok(host) = kvm::Host::open() else {
+            eprintln!("skipped: no usable /dev/kvm on this machine");
+            return;
+        };
+        let machine = host.create_machine().unwrap();
+        let mut reserve = Reserve::new(&spec(256 * MIB, GIB), 46).unwrap().unwrap();
+        assert_eq!(reserve.grant(0, &machine).unwrap(), 0);
+        assert_eq!(reserve.grant(RAM_UNIT, &machine).unwrap(), BLOCK);
+        assert_eq!(reserve.grant(BLOCK, &machine).unwrap(), BLOCK);
+        assert_eq!(reserve.grant(3 * BLOCK, &machine).unwrap(), 3 * BLOCK);
+        assert_eq!(reserve.grant(0, &machine).unwrap(), 3 * BLOCK);
+        assert_eq!(reserve.file.metadata().unwrap().len(), 3 * BLOCK);
+        assert!(reserve.grant(GIB, &machine).is_err());
+    }
+}
