@@ -26,6 +26,9 @@ const PREFIX: &str = "sepal-";
 /// a long system call (a slow file server) needs a while.
 const SETTLE: Duration = Duration::from_secs(5);
 
+/// How often memory is reclaimed for a lower limit. The kernel itself tries as often before it kills.
+const RECLAIMS: u32 = 16;
+
 /// Lets the children of the root cgroup use every controller that the kernel has.
 ///
 /// # Errors
@@ -229,6 +232,26 @@ impl Cgroup {
             .unwrap_or(0)
     }
 
+    /// How many bytes it uses above `limit`.
+    #[must_use]
+    pub fn above(&self, limit: u64) -> u64 {
+        let usage = number(&self.path.join("memory.current")).unwrap_or(0);
+        usage.saturating_sub(limit)
+    }
+
+    /// Has the kernel take back what it can without killing, until no more than `limit` bytes are used.
+    /// Blocks meanwhile, and says nothing of how far it came.
+    pub fn reclaim(&self, limit: u64) {
+        for _ in 0..RECLAIMS {
+            let above = self.above(limit);
+            if above == 0 {
+                return;
+            }
+            // EAGAIN: it was less; another round may find more.
+            let _ = fs::write(self.path.join("memory.reclaim"), above.to_string());
+        }
+    }
+
     /// Sets limits anew.
     ///
     /// # Errors
@@ -417,6 +440,17 @@ mod tests {
             (4_194_304, 5)
         );
         assert_eq!(cgroup.oom_kills(), 1);
+    }
+
+    #[test]
+    fn what_is_above_a_limit_is_to_be_reclaimed() {
+        let (_root, cgroup) = cgroup(&[("memory.current", "4096\n")]);
+        assert_eq!((cgroup.above(1000), cgroup.above(4096)), (3096, 0));
+        let asked = cgroup.path().join("memory.reclaim");
+        cgroup.reclaim(4096);
+        assert!(!asked.exists());
+        cgroup.reclaim(4000);
+        assert_eq!(fs::read_to_string(asked).unwrap(), "96");
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use oci_spec::runtime::{
-    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources, Spec,
+    LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Spec,
 };
 use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo, RootFs};
 use sepal_protocol::paths;
@@ -364,27 +364,6 @@ impl Container {
         self.cgroup.freeze(pause).await?;
         self.paused.store(pause, Ordering::Relaxed);
         Ok(())
-    }
-
-    /// Sets limits anew.
-    ///
-    /// # Errors
-    /// With the limit that is refused.
-    pub fn update(&self, resources: &[u8]) -> Result<()> {
-        let mut resources: LinuxResources = serde_json::from_slice(resources)
-            .map_err(|error| Error::Invalid(format!("the resources cannot be read: {error}")))?;
-        let facts = Facts {
-            cpus: guest::cpus_present(),
-            cgroup_file: &|name| self.cgroup.path().join(name).exists(),
-            device: &|_| None,
-        };
-        let mut left_out = Vec::new();
-        plan::adapt_resources(&mut resources, &[], &mut left_out, &facts);
-        resources.set_devices(None);
-        if !left_out.is_empty() {
-            tracing::info!(container = self.id, ?left_out, "not in the guest");
-        }
-        self.cgroup.update(&self.id, &resources)
     }
 
     /// Its cgroup.

@@ -14,6 +14,7 @@ pub mod events;
 pub mod forward;
 pub mod guest;
 pub mod launch;
+pub mod limits;
 pub mod log;
 pub mod network;
 pub mod nodes;

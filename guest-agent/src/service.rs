@@ -31,7 +31,7 @@ use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams, window};
 use crate::stream::Listener;
 use crate::volumes::Volumes;
-use crate::{cgroup, clock, guest, network, plan};
+use crate::{cgroup, clock, guest, limits, network, plan};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -441,8 +441,10 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: UpdateContainerRequest,
     ) -> Answer<Empty> {
-        self.container(&request.container_id)?
-            .update(&request.resources)?;
+        let id = &request.container_id;
+        let container = self.container(id)?;
+        let reaper = &self.with.reaper;
+        limits::update(id, container.cgroup(), reaper, &request.resources).await?;
         Ok(Empty::new())
     }
 
@@ -491,7 +493,11 @@ impl Agent for Service {
         _: &TtrpcContext,
         request: ResizeGuestRequest,
     ) -> Answer<GuestInfoResponse> {
-        guest::set_cpus(request.cpus)?;
+        // A CPU takes a while to come, and one that does not come ten seconds.
+        launch::aside(&self.with.reaper, "cannot change the CPUs", || {
+            guest::set_cpus(request.cpus).map_err(|error| error.to_string())
+        })
+        .await?;
         Ok(guest::info())
     }
 
