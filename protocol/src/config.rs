@@ -52,6 +52,8 @@ pub struct Config {
     pub max_vcpus: u8,
     /// RAM of a pod without a memory limit, in MiB.
     pub memory: u64,
+    /// Most RAM that a pod may grow to while it runs, in MiB; 0: what the host has.
+    pub max_memory: u64,
     /// RAM added to a pod's memory limit for the guest's kernel and agent, in MiB.
     pub memory_overhead: u64,
     /// Back guest RAM by huge pages reserved on the host.
@@ -113,6 +115,7 @@ impl Default for Config {
             vcpus: 1,
             max_vcpus: 8,
             memory: 256,
+            max_memory: 0,
             memory_overhead: 64,
             hugepages: false,
             ksm: false,

@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use sepal_protocol::agent::{
-    Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest, Network,
-    ProcessCreated, ProcessExit, ProcessId, ResizeTerminalRequest, SetUpPodRequest,
-    SignalProcessRequest, Stats, UpdateContainerRequest, WriteVolumeRequest,
+    Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest,
+    GuestInfoResponse, Network, ProcessCreated, ProcessExit, ProcessId, ResizeGuestRequest,
+    ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats, UpdateContainerRequest,
+    WriteVolumeRequest,
 };
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::ready::{AgentReady, MAX_LINE};
@@ -277,7 +278,11 @@ impl Agent {
         /// Thaws a container.
         resume_container(ContainerId) -> Empty, Limit::Short;
         /// Sets a container's limits.
-        update_container(UpdateContainerRequest) -> Empty, Limit::Short;
+        update_container(UpdateContainerRequest) -> Empty, Limit::Long;
+        /// Brings CPUs online or offline; answers with what the guest has then.
+        resize_guest(ResizeGuestRequest) -> GuestInfoResponse, Limit::Long;
+        /// What the guest has.
+        guest_info(Empty) -> GuestInfoResponse, Limit::Short;
         /// What a container uses.
         container_stats(ContainerId) -> Stats, Limit::Short;
         /// Answers with the next event, however long that takes.

@@ -42,8 +42,12 @@ const PREFIX: &str = "io.sepal.";
 pub const VCPUS: &str = "io.sepal.vcpus";
 /// RAM of the VM in MiB.
 pub const MEMORY: &str = "io.sepal.memory";
+/// Most vCPUs that the VM may have while it runs.
+pub const MAX_VCPUS: &str = "io.sepal.max_vcpus";
+/// Most RAM that it may have, in MiB.
+pub const MAX_MEMORY: &str = "io.sepal.max_memory";
 /// All that a pod may ask for; what changes the trust in a pod is the node's configuration alone.
-const ALLOWED: [&str; 2] = [VCPUS, MEMORY];
+const ALLOWED: [&str; 4] = [VCPUS, MEMORY, MAX_VCPUS, MAX_MEMORY];
 
 impl Role {
     /// The role that the annotations tell.

@@ -21,6 +21,7 @@ use tokio::sync::watch;
 
 use crate::error::{Error, Result};
 use crate::hooks;
+use crate::limits;
 use crate::stdio::{Streams, Wanted};
 
 /// What a killed process exits with: 128 + SIGKILL.
@@ -201,6 +202,8 @@ pub struct Container {
     pub id: String,
     /// containerd's directory for it.
     pub bundle: PathBuf,
+    /// Who it is in the pod's accounts ([`crate::limits`]).
+    pub account: String,
     /// Its first process.
     pub init: Arc<Process>,
     /// Frozen.
@@ -228,6 +231,7 @@ impl Container {
         Arc::new(Self {
             id: id.into(),
             bundle,
+            account: limits::account(id, &hook_state.annotations),
             init,
             paused: AtomicBool::new(false),
             oom_ahead: AtomicU32::new(0),

@@ -16,6 +16,7 @@ use crate::container::{Container, Process, lock};
 use crate::disks;
 use crate::error::{Error, Result};
 use crate::hooks;
+use crate::limits::{self, Limits};
 use crate::pod::{self, Pod};
 use crate::rootfs::RootMount;
 use crate::service::run_poststop;
@@ -56,6 +57,8 @@ impl Pod {
         let host_hooks = spec::take_host_hooks(&mut spec);
         let hook_state = hooks::State::creating(&spec, &asked.id, &asked.bundle, None);
         asked.wanted.size = spec::console_size(spec.process().as_ref());
+        let linux = spec.linux().as_ref();
+        let limits = Limits::of(linux.and_then(|linux| linux.resources().as_ref()));
         let copied = |volume: &Path| self.mirrors.take(volume);
         let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &copied);
         let created = match plan {
@@ -63,7 +66,8 @@ impl Pod {
                 if self.spec.bare {
                     plan.complete(self.spec.files.keys().map(String::as_str));
                 }
-                self.try_create(&asked, plan, &devices, first, (&host_hooks, &hook_state))
+                let hooks = (&host_hooks, &hook_state);
+                self.try_create(&asked, plan, &devices, first, limits, hooks)
                     .await
             }
             Err(e) => Err(e.into()),
@@ -103,6 +107,7 @@ impl Pod {
         plan: Plan,
         devices: &[disks::Wanted],
         first: bool,
+        limits: Limits,
         (host_hooks, hook_state): (&Hooks, &hooks::State),
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
@@ -119,6 +124,8 @@ impl Pod {
         let namespace = &self.identity.namespace;
         let (streams, stdio) = Streams::open(&asked.wanted, &agent, namespace, &asked.id).await?;
         let hooks = (host_hooks, hook_state);
+        let account = limits::account(&asked.id, &hook_state.annotations);
+        self.admit(&account, limits).await;
         let made = self.make_in_guest(asked, &plan, devices, first, hooks, stdio);
         let (up, hook_state) = match made.await {
             Ok(made) => made,

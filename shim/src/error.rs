@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::{agent, cgroup, disks, hooks, mirror, network, rootfs, size, spec, stdio, vm};
+use crate::{agent, cgroup, disks, hooks, mirror, network, resize, rootfs, size, spec, stdio, vm};
 
 /// The result of everything that a Task call does.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -44,6 +44,8 @@ pub enum Error {
     Config(#[from] sepal_protocol::config::Error),
     #[error(transparent)]
     Size(#[from] size::Error),
+    #[error(transparent)]
+    Resize(#[from] resize::Error),
     #[error(transparent)]
     Spec(#[from] spec::Error),
     #[error(transparent)]

@@ -2,9 +2,9 @@
 //!
 //! Read in this order: [`task`] and [`sandbox`] (RPC in, event out), [`creation`] and [`service`]
 //! (what is done for a container), [`pod`] (the VM's life), [`vm`] and [`agent`] (its processes, its
-//! guest). [`podspec`], [`spec`], [`size`] and [`network::mirror`] are pure; [`rootfs`], [`mirror`],
-//! [`network`], [`forward`], [`cgroup`], [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes
-//! what they do, also after a crash.
+//! guest), [`resize`] (both, when limits change). [`podspec`], [`spec`], [`size`], [`limits`] and
+//! [`network::mirror`] are pure; [`rootfs`], [`mirror`], [`network`], [`forward`], [`cgroup`],
+//! [`hooks`] and [`stdio`] touch the host; [`cleanup`] undoes what they do, also after a crash.
 
 pub mod agent;
 pub mod annotations;
@@ -18,12 +18,14 @@ pub mod events;
 pub mod features;
 pub mod forward;
 pub mod hooks;
+pub mod limits;
 pub mod log;
 pub mod logger;
 pub mod mirror;
 pub mod network;
 pub mod pod;
 pub mod podspec;
+pub mod resize;
 pub mod rootfs;
 pub mod sandbox;
 pub mod seat;

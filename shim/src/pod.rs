@@ -31,6 +31,7 @@ use crate::hooks;
 use crate::mirror::Mirrors;
 use crate::network;
 use crate::podspec::PodSpec;
+use crate::resize::Extent;
 use crate::rootfs::Share;
 use crate::spec;
 use crate::sys::Netns;
@@ -111,6 +112,8 @@ pub struct Pod {
     agent: watch::Sender<Option<Agent>>,
     up: watch::Sender<Option<Outcome>>,
     record: Mutex<PodState>,
+    /// How large the VM is at present, and why. Held while that changes.
+    pub(crate) extent: tokio::sync::Mutex<Extent>,
     removing: AtomicBool,
     removed: tokio::sync::Mutex<bool>,
 }
@@ -171,7 +174,9 @@ impl Pod {
                 return Err(e.into());
             }
         };
+        let extent = tokio::sync::Mutex::new(Extent::of(&spec));
         let pod = Arc::new(Self {
+            extent,
             identity,
             name,
             directory,

@@ -17,7 +17,8 @@ use crate::annotations::{Annotations, CriResources, Role};
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
 use crate::hooks;
-use crate::size::Size;
+use crate::limits::{Limits, Totals};
+use crate::size::{Host, Size};
 use crate::spec::{self, Network};
 
 /// OOM score of a pod's processes where no container's spec tells one: what containerd gives a pause
@@ -42,8 +43,12 @@ pub struct PodSpec {
     pub bare: bool,
     /// Its host name; empty: the guest's own.
     pub hostname: String,
-    /// How large its VM is.
+    /// How large its VM is when it boots.
     pub size: Size,
+    /// What its containers may use in all, as far as it is known then.
+    pub totals: Totals,
+    /// What the pod itself says, `io.sepal.*` among it.
+    pub annotations: Annotations,
     /// Where its network comes from.
     pub network: Network,
     /// Its cgroup on the host.
@@ -89,7 +94,8 @@ impl PodSpec {
         let role = Role::of(&annotations);
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|l| l.resources().as_ref());
-        let size = Size::plan(&annotations, resources, config, host_cpus())?;
+        let totals = Limits::of(resources).of_pod(CriResources::of(&annotations));
+        let size = Size::plan(&annotations, totals, config, Host::here())?;
         let network = spec::network(&spec)?;
         let cgroups_path = linux.and_then(|l| l.cgroups_path().as_deref());
         // The network namespace is the VM's own; other parameters belong to the container's.
@@ -97,6 +103,8 @@ impl PodSpec {
         sysctls.retain(|name, _| name.starts_with("net."));
         Ok(Self {
             size,
+            totals,
+            annotations,
             network,
             cgroup: Cgroup::plan(cgroups_path, pod)?,
             bare: false,
@@ -127,7 +135,8 @@ impl PodSpec {
             quota: Some(resources.cpu_quota).filter(|v| *v > 0),
             period: u64::try_from(resources.cpu_period).ok().filter(|v| *v > 0),
         };
-        let size = Size::plan_for(&annotations, limits, None, config, host_cpus())?;
+        let totals = Limits::default().of_pod(limits);
+        let size = Size::plan(&annotations, totals, config, Host::here())?;
         let cgroups_path = cgroups_path(&linux.cgroup_parent, &asked.id);
         let network = match asked.netns.as_str() {
             "" => Network::New,
@@ -149,6 +158,8 @@ impl PodSpec {
             files: etc_files(&hostname, wanted.dns_config.as_ref())?,
             hostname,
             size,
+            totals,
+            annotations: annotations.clone(),
             network,
             cgroup: Cgroup::plan(cgroups_path.as_deref(), pod)?,
             oom_score: SANDBOX_OOM_SCORE,
@@ -296,11 +307,6 @@ fn resolv_conf(dns: &DNSConfig) -> String {
 fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     name.trim_end().to_string()
-}
-
-fn host_cpus() -> u8 {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    u8::try_from(cpus).unwrap_or(u8::MAX)
 }
 
 #[cfg(test)]

@@ -346,6 +346,7 @@ impl Pod {
             let (share, of) = (self.share.clone(), id.to_string());
             let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
             self.record(|record| record.containers.retain(|c| c != id));
+            self.extent.lock().await.ledger.forget(id);
         }
         run_poststop(&container.hooks, &container.hook_state).await;
         lock(&self.containers).remove(id);
@@ -420,23 +421,6 @@ impl Pod {
             });
         }
         Ok(())
-    }
-
-    /// Sets a container's limits.
-    ///
-    /// # Errors
-    /// The guest refuses them.
-    pub async fn update(&self, id: &str, resources: Vec<u8>) -> Result<()> {
-        self.container(id)?;
-        let up = self.up().await?;
-        let request = messages::UpdateContainerRequest {
-            container_id: id.into(),
-            resources,
-            ..Default::default()
-        };
-        self.call(&up, up.agent.update_container(&request))
-            .await
-            .map(|_| ())
     }
 
     /// What a container uses.

@@ -1,20 +1,18 @@
 //! How large a pod's VM is: from its limits, the annotations and the configuration.
 
-use oci_spec::runtime::LinuxResources;
 use sepal_protocol::config::{Config, MIN_MEMORY};
 use sepal_protocol::vm::CpuSpec;
 
-use crate::annotations::{self, Annotations, CriResources};
+use crate::annotations::{self, Annotations};
+use crate::limits::{CPU, Totals};
 
 const MIB: u64 = 1 << 20;
 /// Guest RAM is mapped in these units ([`sepal_protocol::vm::MemorySpec`]).
 const GRANULE: u64 = 2 * MIB;
 /// Least memory limit of a container: below it not even a shell starts.
 const MIN_LIMIT: u64 = 4 * MIB;
-/// Most RAM of a VM: 4 TiB.
-const MAX_MEMORY: u64 = 4 << 40;
-/// Period of a CPU quota where the spec has none: the kernel's default, in microseconds.
-const DEFAULT_PERIOD: u64 = 100_000;
+/// Most RAM of a VM: 512 GiB.
+const MAX_MEMORY: u64 = 512 << 30;
 
 /// The size of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +20,17 @@ pub struct Size {
     /// vCPUs.
     pub cpus: CpuSpec,
     /// RAM in bytes, a multiple of 2 MiB.
+    pub memory: u64,
+    /// What it may grow to, likewise.
+    pub max_memory: u64,
+}
+
+/// What the host has, in which a VM's size finds its bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Host {
+    /// Processors.
+    pub cpus: u8,
+    /// Bytes of memory.
     pub memory: u64,
 }
 
@@ -33,12 +42,12 @@ pub enum Error {
         "memory limit of {limit} bytes is too small for a container: give it at least {} bytes",
         MIN_LIMIT
     )]
-    LimitTooSmall { limit: i64 },
+    LimitTooSmall { limit: u64 },
     #[error(
         "memory limit of {limit} bytes is more than a VM can have: at most {} bytes",
         MAX_MEMORY
     )]
-    LimitTooLarge { limit: i64 },
+    LimitTooLarge { limit: u64 },
     #[error("annotation {key}: {value:?} must be {must}")]
     Annotation {
         key: &'static str,
@@ -49,8 +58,24 @@ pub enum Error {
     UnknownAnnotation { key: String },
 }
 
+impl Host {
+    /// This one.
+    pub fn here() -> Self {
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+        let kilobytes = info
+            .lines()
+            .find_map(|line| line.strip_prefix("MemTotal:"))
+            .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        Self {
+            cpus: u8::try_from(cpus).unwrap_or(u8::MAX),
+            memory: kilobytes.unwrap_or(0).saturating_mul(1024),
+        }
+    }
+}
+
 impl Size {
-    /// Decides the size of a pod whose first container has these annotations and limits.
+    /// Decides the size of a pod that may use these totals and has these annotations.
     ///
     /// An annotation `io.sepal.*` tells the VM's own size. Otherwise limits count: RAM is the memory
     /// limit and room for the guest itself, vCPUs are the CPU quota rounded up.
@@ -59,81 +84,49 @@ impl Size {
     /// A limit or an annotation that no VM can satisfy.
     pub fn plan(
         annotations: &Annotations,
-        resources: Option<&LinuxResources>,
+        totals: Totals,
         config: &Config,
-        host_cpus: u8,
-    ) -> Result<Self, Error> {
-        let cri = CriResources::of(annotations);
-        Self::plan_for(annotations, cri, resources, config, host_cpus)
-    }
-
-    /// As [`Size::plan`], where the pod's limits are known otherwise than by its annotations.
-    ///
-    /// # Errors
-    /// A limit or an annotation that no VM can satisfy.
-    pub fn plan_for(
-        annotations: &Annotations,
-        cri: CriResources,
-        resources: Option<&LinuxResources>,
-        config: &Config,
-        host_cpus: u8,
+        host: Host,
     ) -> Result<Self, Error> {
         if let Some(key) = annotations::unknown(annotations) {
             return Err(Error::UnknownAnnotation { key: key.into() });
         }
-        let memory = Self::memory(annotations, cri, resources, config)?;
-        let most = config.max_vcpus.min(host_cpus.max(1));
-        let boot = match annotations.get(annotations::VCPUS) {
-            Some(value) => match value.parse::<u8>() {
-                Ok(cpus) if (1..=config.max_vcpus).contains(&cpus) => cpus,
-                _ => {
-                    return Err(Error::Annotation {
-                        key: annotations::VCPUS,
-                        value: value.clone(),
-                        must: format!("1 to {} (max_vcpus)", config.max_vcpus),
-                    });
-                }
-            },
-            None => Self::cpus_of_limits(cri, resources)
-                .unwrap_or(config.vcpus)
-                .clamp(1, most),
+        let memory = Self::memory(annotations, totals, config)?;
+        let most = config.max_vcpus.min(host.cpus.max(1));
+        let by_limits = totals
+            .cpu
+            .map(|cpu| u8::try_from(cpu.div_ceil(CPU)).unwrap_or(u8::MAX))
+            .unwrap_or(config.vcpus)
+            .clamp(1, most);
+        let fixed = cpus(annotations, annotations::VCPUS, config)?;
+        let boot = fixed.unwrap_or(by_limits);
+        // Each CPU that may come costs the guest 0.4 MiB from the start: they are for pods whose limit
+        // can be raised.
+        let room = match (fixed, totals.cpu) {
+            (None, Some(_)) => boot.saturating_mul(2).min(most),
+            _ => boot,
         };
+        let max = cpus(annotations, annotations::MAX_VCPUS, config)?.unwrap_or(room);
         Ok(Self {
-            cpus: CpuSpec { boot, max: boot },
+            cpus: CpuSpec {
+                boot,
+                max: max.max(boot),
+            },
             memory,
+            max_memory: Self::max_memory(annotations, config, host)?.max(memory),
         })
     }
 
-    fn memory(
-        annotations: &Annotations,
-        cri: CriResources,
-        resources: Option<&LinuxResources>,
-        config: &Config,
-    ) -> Result<u64, Error> {
-        if let Some(value) = annotations.get(annotations::MEMORY) {
-            return match value.parse::<u64>() {
-                Ok(mib) if (MIN_MEMORY..=MAX_MEMORY / MIB).contains(&mib) => {
-                    Ok((mib * MIB).next_multiple_of(GRANULE))
-                }
-                _ => Err(Error::Annotation {
-                    key: annotations::MEMORY,
-                    value: value.clone(),
-                    must: format!("MiB, {MIN_MEMORY} to {}", MAX_MEMORY / MIB),
-                }),
-            };
+    fn memory(annotations: &Annotations, totals: Totals, config: &Config) -> Result<u64, Error> {
+        if let Some(bytes) = mebibytes(annotations, annotations::MEMORY)? {
+            return Ok(bytes);
         }
-        let own = resources
-            .and_then(|r| r.memory().as_ref())
-            .and_then(|m| m.limit());
         let default = config.memory * MIB;
-        match cri.memory.or(own.filter(|limit| *limit > 0)) {
+        match totals.memory {
             None => Ok(default),
+            Some(limit) if limit < MIN_LIMIT => Err(Error::LimitTooSmall { limit }),
             Some(limit) => {
-                let bytes = limit.unsigned_abs();
-                if bytes < MIN_LIMIT {
-                    return Err(Error::LimitTooSmall { limit });
-                }
-                let total = bytes.saturating_add(config.memory_overhead * MIB);
+                let total = limit.saturating_add(config.memory_overhead * MIB);
                 if total > MAX_MEMORY {
                     return Err(Error::LimitTooLarge { limit });
                 }
@@ -143,18 +136,49 @@ impl Size {
         }
     }
 
-    fn cpus_of_limits(cri: CriResources, resources: Option<&LinuxResources>) -> Option<u8> {
-        let own = resources.and_then(|r| r.cpu().as_ref());
-        let quota = cri
-            .quota
-            .or_else(|| own.and_then(|c| c.quota()))
-            .filter(|q| *q > 0)?;
-        let period = cri
-            .period
-            .or_else(|| own.and_then(|c| c.period()))
-            .filter(|p| *p > 0)
-            .unwrap_or(DEFAULT_PERIOD);
-        Some(u8::try_from(quota.unsigned_abs().div_ceil(period)).unwrap_or(u8::MAX))
+    fn max_memory(annotations: &Annotations, config: &Config, host: Host) -> Result<u64, Error> {
+        let configured = match config.max_memory {
+            0 => host.memory,
+            mebibytes => mebibytes.saturating_mul(MIB),
+        };
+        let asked = mebibytes(annotations, annotations::MAX_MEMORY)?;
+        // The node's administrator has the last word.
+        let max = asked.map_or(configured, |asked| asked.min(configured));
+        Ok(max.min(MAX_MEMORY) / GRANULE * GRANULE)
+    }
+}
+
+fn cpus(
+    annotations: &Annotations,
+    key: &'static str,
+    config: &Config,
+) -> Result<Option<u8>, Error> {
+    let Some(value) = annotations.get(key) else {
+        return Ok(None);
+    };
+    match value.parse::<u8>() {
+        Ok(cpus) if (1..=config.max_vcpus).contains(&cpus) => Ok(Some(cpus)),
+        _ => Err(Error::Annotation {
+            key,
+            value: value.clone(),
+            must: format!("1 to {} (max_vcpus)", config.max_vcpus),
+        }),
+    }
+}
+
+fn mebibytes(annotations: &Annotations, key: &'static str) -> Result<Option<u64>, Error> {
+    let Some(value) = annotations.get(key) else {
+        return Ok(None);
+    };
+    match value.parse::<u64>() {
+        Ok(mib) if (MIN_MEMORY..=MAX_MEMORY / MIB).contains(&mib) => {
+            Ok(Some((mib * MIB).next_multiple_of(GRANULE)))
+        }
+        _ => Err(Error::Annotation {
+            key,
+            value: value.clone(),
+            must: format!("MiB, {MIN_MEMORY} to {}", MAX_MEMORY / MIB),
+        }),
     }
 }
 
@@ -162,14 +186,22 @@ impl Size {
 mod tests {
     use oci_spec::runtime::{LinuxCpuBuilder, LinuxMemoryBuilder, LinuxResourcesBuilder};
 
+    use crate::annotations::CriResources;
+    use crate::limits::Limits;
+
     use super::*;
+
+    const HOST: Host = Host {
+        cpus: 4,
+        memory: 8 << 30,
+    };
 
     fn plan(
         annotations: &[(&str, &str)],
         limit: Option<i64>,
         quota: Option<i64>,
     ) -> Result<Size, Error> {
-        let annotations = annotations
+        let annotations: Annotations = annotations
             .iter()
             .map(|(k, v)| (k.to_string(), v.to_string()))
             .collect();
@@ -186,12 +218,9 @@ mod tests {
                 .unwrap();
             resources = resources.cpu(cpu);
         }
-        Size::plan(
-            &annotations,
-            Some(&resources.build().unwrap()),
-            &Config::default(),
-            4,
-        )
+        let limits = Limits::of(Some(&resources.build().unwrap()));
+        let totals = limits.of_pod(CriResources::of(&annotations));
+        Size::plan(&annotations, totals, &Config::default(), HOST)
     }
 
     #[test]
@@ -201,7 +230,8 @@ mod tests {
             size,
             Size {
                 cpus: CpuSpec { boot: 1, max: 1 },
-                memory: 256 * MIB
+                memory: 256 * MIB,
+                max_memory: 8 << 30,
             }
         );
         assert_eq!(plan(&[], Some(-1), Some(-1)).unwrap(), size);
@@ -243,6 +273,37 @@ mod tests {
     }
 
     #[test]
+    fn how_far_a_vm_can_grow_is_the_hosts_the_nodes_and_the_pods_word() {
+        let plan = |annotations: &[(&str, &str)], cpu: Option<u64>, config: &Config| {
+            let annotations = annotations
+                .iter()
+                .map(|(k, v)| (k.to_string(), v.to_string()))
+                .collect();
+            let totals = Totals { memory: None, cpu };
+            let size = Size::plan(&annotations, totals, config, HOST).unwrap();
+            (size.max_memory / MIB, size.cpus.max)
+        };
+        let mut config = Config::default();
+        assert_eq!(plan(&[], None, &config), (8192, 1));
+        assert_eq!(plan(&[], Some(CPU / 2), &config), (8192, 2));
+        assert_eq!(plan(&[], Some(3 * CPU), &config), (8192, 4));
+        let pod = [
+            (annotations::MAX_MEMORY, "2048"),
+            (annotations::MAX_VCPUS, "3"),
+        ];
+        assert_eq!(plan(&pod, None, &config), (2048, 3));
+        config.max_memory = 1000;
+        config.max_vcpus = 3;
+        assert_eq!(plan(&[], Some(2 * CPU), &config), (1000, 3));
+        assert_eq!(plan(&pod, None, &config), (1000, 3));
+        // What it has at once counts in any case, and what is told does not change.
+        let large = [(annotations::MEMORY, "3000"), (annotations::VCPUS, "2")];
+        assert_eq!(plan(&large, Some(CPU), &config), (3000, 2));
+        let small = [(annotations::MAX_VCPUS, "1"), (annotations::VCPUS, "2")];
+        assert_eq!(plan(&small, None, &config).1, 2);
+    }
+
+    #[test]
     fn what_no_vm_can_satisfy_is_refused_in_a_sentence() {
         for (annotations, limit, text) in [
             (
@@ -260,6 +321,16 @@ mod tests {
                 &[(annotations::VCPUS, "0")][..],
                 None,
                 "annotation io.sepal.vcpus: \"0\" must be",
+            ),
+            (
+                &[(annotations::MAX_MEMORY, "1e9")][..],
+                None,
+                "annotation io.sepal.max_memory: \"1e9\" must be",
+            ),
+            (
+                &[(annotations::MAX_VCPUS, "9")][..],
+                None,
+                "annotation io.sepal.max_vcpus: \"9\" must be",
             ),
             (
                 &[("io.sepal.kernel", "/x")][..],

@@ -28,7 +28,7 @@ use crate::pod::Pod;
 use crate::seat::Seat;
 use crate::stats;
 use crate::stdio::Wanted;
-use crate::{agent, spec, vm};
+use crate::{agent, resize, spec, vm};
 
 /// After the pod's last container is deleted, how long containerd may take to call Shutdown.
 ///
@@ -65,6 +65,8 @@ fn code(error: &Error) -> Code {
             | spec::Error::ForeignNamespace { .. },
         ) => Code::UNIMPLEMENTED,
         Error::Spec(_) => Code::INVALID_ARGUMENT,
+        Error::Resize(resize::Error::NoRoom { .. }) => Code::FAILED_PRECONDITION,
+        Error::Resize(_) => Code::RESOURCE_EXHAUSTED,
         Error::VmGone { .. } => Code::UNAVAILABLE,
         Error::Vm(vm::Error::Timeout) | Error::Agent(agent::Error::NotReady { .. }) => {
             Code::DEADLINE_EXCEEDED

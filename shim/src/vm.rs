@@ -19,7 +19,7 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::WaitStatus;
 use sepal_protocol::config::Config;
-use sepal_protocol::control::{self, Booted, Request, Response};
+use sepal_protocol::control::{self, Booted, Request, Response, VmState};
 use sepal_protocol::paths::{MOUNTS, guest, pod};
 use sepal_protocol::vm::{
     BlkSpec, ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec,
@@ -210,7 +210,7 @@ impl Vm {
             cpus: size.cpus.clone(),
             memory: MemorySpec {
                 size: size.memory,
-                max: size.memory,
+                max: size.max_memory,
                 hugepages: config.hugepages,
                 mergeable: config.ksm,
             },
@@ -308,6 +308,17 @@ impl Vm {
     async fn ask_with(&self, request: &Request, fds: &[OwnedFd]) -> Result<(), Error> {
         match self.request(request, fds).await? {
             Response::Ok => Ok(()),
+            _ => Err(Error::Confused),
+        }
+    }
+
+    /// How the VM is.
+    ///
+    /// # Errors
+    /// The VMM has died.
+    pub async fn state(&self) -> Result<VmState, Error> {
+        match self.request(&Request::State, &[]).await? {
+            Response::State(state) => Ok(state),
             _ => Err(Error::Confused),
         }
     }
