@@ -18,6 +18,7 @@ use crate::error::{Context, Error, Result};
 use crate::events::{Events, OomWatch};
 use crate::guest;
 use crate::launch::{self, Job, Kind, Launched};
+use crate::memory_volumes;
 use crate::nodes::Nodes;
 use crate::plan::{self, Facts, Plan};
 use crate::podinit::{PodInit, SharedPid};
@@ -83,7 +84,11 @@ impl Container {
     ///
     /// # Errors
     /// The cause in one sentence. Nothing of the container is left then.
-    pub async fn create(with: &Surroundings, request: CreateContainerRequest) -> Result<Arc<Self>> {
+    pub async fn create(
+        with: &Surroundings,
+        request: CreateContainerRequest,
+        pid_namespace: Option<OwnedFd>,
+    ) -> Result<Arc<Self>> {
         let id = request.container_id.clone();
         let spec: Spec = serde_json::from_slice(&request.spec)
             .map_err(|error| Error::Invalid(format!("the OCI spec cannot be read: {error}")))?;
@@ -108,6 +113,8 @@ impl Container {
                 mount_block(with, &rootfs, &root).await?;
             }
             remains.mounts = mounts_of(&spec, &root, &id);
+            let (volumes, mounts) = (&request.memory_volumes, &mut remains.mounts);
+            memory_volumes::provide(&with.reaper, &directory, volumes, mounts).await?;
             let nodes = Nodes::of(&request.disks).await?;
             let plan = {
                 let facts = Facts {
@@ -126,9 +133,9 @@ impl Container {
                 with,
                 &id,
                 &plan,
-                &directory,
                 &cgroup,
                 streams,
+                pid_namespace,
                 request.no_pivot,
             )
             .await?;
@@ -364,6 +371,15 @@ impl Container {
         Ok(())
     }
 
+    /// The PID namespace of its processes.
+    ///
+    /// # Errors
+    /// The agent has no descriptor left.
+    pub fn pid_namespace(&self) -> Result<OwnedFd> {
+        own_pid_namespace(&self.namespaces)
+            .ok_or_else(|| Error::State(format!("container {} cannot be joined", self.id)))
+    }
+
     /// Its cgroup.
     #[must_use]
     pub fn cgroup(&self) -> &Cgroup {
@@ -426,7 +442,7 @@ impl Container {
         let ended = self.init.wait_end().await;
         self.cgroup.remove().await?;
         unmount(with, &self.mounts).await;
-        let _ = fs::remove_dir_all(&self.directory);
+        remove_directory(&self.directory, &self.mounts);
         Ok(self.init.report(ended))
     }
 
@@ -456,7 +472,7 @@ impl Remains {
             tracing::warn!(%error, "a failed container leaves something behind");
         }
         unmount(with, &self.mounts).await;
-        let _ = fs::remove_dir_all(&self.directory);
+        remove_directory(&self.directory, &self.mounts);
     }
 }
 
@@ -469,16 +485,19 @@ async fn launch_init<'a>(
     with: &'a Surroundings,
     id: &str,
     plan: &Plan,
-    directory: &Path,
     cgroup: &Cgroup,
     streams: Streams,
+    pid_namespace: Option<OwnedFd>,
     no_pivot: bool,
 ) -> Result<(LaunchedInit, Option<SharedPidGuard<'a>>)> {
     let (ends, agent_ends) = streams.connect()?;
     let mut plan = plan.clone();
     let mut join = Vec::new();
     let mut shared = None;
-    if plan.shared_pid_namespace {
+    if let Some(theirs) = pid_namespace.filter(|_| plan.shared_pid_namespace) {
+        plan = plan.joining(join_by_fd(LinuxNamespaceType::Pid, theirs.as_raw_fd())?);
+        join.push(theirs);
+    } else if plan.shared_pid_namespace {
         let mut guard = with.shared_pid.lock().await;
         if with.holds_pid_namespace.load(Ordering::Relaxed)
             && guard.as_mut().and_then(SharedPid::live).is_none()
@@ -497,17 +516,13 @@ async fn launch_init<'a>(
                 namespace(LinuxNamespaceBuilder::default().typ(LinuxNamespaceType::Pid))?
             }
         };
-        let mut linux = plan.spec.linux().clone().unwrap_or_default();
-        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
-        namespaces.push(namespace);
-        linux.set_namespaces(Some(namespaces));
-        plan.spec.set_linux(Some(linux));
+        plan = plan.joining(namespace);
     }
     let job = Job {
         container: id.to_owned(),
         plan,
         kind: Kind::Init { no_pivot },
-        directory: directory.to_path_buf(),
+        directory: Path::new(paths::guest::CONTAINERS).join(id),
         start_socket: start_socket(),
         cgroup: cgroup.config(id),
         ends,
@@ -619,6 +634,25 @@ async fn unmount(with: &Surroundings, mounts: &[PathBuf]) {
     }
 }
 
+/// Removes a container's directory, after its mounts: what is still mounted in it is not ours to remove.
+fn remove_directory(directory: &Path, mounts: &[PathBuf]) {
+    for point in mounts.iter().filter(|point| point.starts_with(directory)) {
+        let Ok(about) = fs::symlink_metadata(point) else {
+            continue;
+        };
+        let removed = if about.is_dir() {
+            fs::remove_dir(point)
+        } else {
+            fs::remove_file(point)
+        };
+        if let Err(error) = removed {
+            tracing::warn!(?point, %error, "a container's directory stays");
+            return;
+        }
+    }
+    let _ = fs::remove_dir_all(directory);
+}
+
 /// Mounts a root file system that comes as a block device.
 async fn mount_block(with: &Surroundings, rootfs: &RootFs, target: &Path) -> Result<()> {
     let device = guest::block_device(&rootfs.block_serial).await?;
@@ -649,6 +683,22 @@ mod tests {
         ] {
             assert!(check_id(id).is_err(), "{id}");
         }
+    }
+
+    #[test]
+    fn what_is_still_mounted_in_a_containers_directory_is_not_removed_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("c1");
+        let volume = own.join("memory/0");
+        fs::create_dir_all(&volume).unwrap();
+        // A file in it is what a mount that is still there looks like.
+        fs::write(volume.join("file"), "precious").unwrap();
+        let mounts = [PathBuf::from("/run/sepal/share/c1/rootfs"), volume.clone()];
+        remove_directory(&own, &mounts);
+        assert_eq!(fs::read(volume.join("file")).unwrap(), b"precious");
+        fs::remove_file(volume.join("file")).unwrap();
+        remove_directory(&own, &mounts);
+        assert!(!own.exists());
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod guest;
 pub mod launch;
 pub mod limits;
 pub mod log;
+pub mod memory_volumes;
 pub mod network;
 pub mod nodes;
 pub mod payload;

@@ -165,6 +165,19 @@ pub fn guest(spec: Spec, mut process: Process) -> Result<Plan> {
     finish(spec, process, 0, false, Vec::new())
 }
 
+impl Plan {
+    /// The same in one more namespace: one that is made, or joined if it has a path.
+    #[must_use]
+    pub fn joining(mut self, namespace: LinuxNamespace) -> Self {
+        let mut linux = self.spec.linux().clone().unwrap_or_default();
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        namespaces.push(namespace);
+        linux.set_namespaces(Some(namespaces));
+        self.spec.set_linux(Some(linux));
+        self
+    }
+}
+
 fn finish(
     mut spec: Spec,
     process: Process,

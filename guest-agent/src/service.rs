@@ -175,12 +175,16 @@ impl Service {
     async fn create(&self, request: CreateContainerRequest) -> Result<u32> {
         let id = request.container_id.clone();
         check_id(&id)?;
+        let pid_namespace = match request.pid_namespace_of.as_str() {
+            "" => None,
+            other => Some(self.container(other)?.pid_namespace()?),
+        };
         if let std::collections::hash_map::Entry::Vacant(place) = self.lock().entry(id.clone()) {
             place.insert(None);
         } else {
             return Err(Error::Exists(format!("container {id}")));
         }
-        let made = Container::create(&self.with, request).await;
+        let made = Container::create(&self.with, request, pid_namespace).await;
         let mut containers = self.lock();
         match made {
             Ok(container) => {

@@ -41,6 +41,10 @@ pub mod guest {
     pub const ETC: &str = "/run/sepal/etc";
     /// Copies of volumes that the host changes while programs wait for that; one directory each.
     pub const VOLUMES: &str = "/run/sepal/volumes";
+    /// Volumes that are the guest's memory; one directory each.
+    pub const MEMORY: &str = "/run/sepal/memory";
+    /// Directory of a container's volumes of this kind below its own: `memory/0`, `memory/1`, ...
+    pub const CONTAINER_MEMORY: &str = "memory";
     /// An empty directory: the root of a process that needs none.
     pub const VOID: &str = "/run/sepal/void";
     /// Present only in the debug image, where `sepal exec` is allowed.

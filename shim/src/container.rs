@@ -22,6 +22,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::limits;
+use crate::stand_in::OnHost;
 use crate::stdio::{Streams, Wanted};
 
 /// What a killed process exits with: 128 + SIGKILL.
@@ -206,6 +207,8 @@ pub struct Container {
     pub account: String,
     /// Its first process.
     pub init: Arc<Process>,
+    /// The host's process or thread that stands for it.
+    pub pid: u32,
     /// Frozen.
     pub paused: AtomicBool,
     /// OOM events that were published before the guest told of them.
@@ -216,6 +219,7 @@ pub struct Container {
     pub hooks: Hooks,
     /// What they get.
     pub hook_state: hooks::State,
+    on_host: Mutex<Option<OnHost>>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
 }
 
@@ -227,12 +231,15 @@ impl Container {
         init: Arc<Process>,
         hooks: Hooks,
         hook_state: hooks::State,
+        on_host: OnHost,
     ) -> Arc<Self> {
         Arc::new(Self {
             id: id.into(),
             bundle,
             account: limits::account(id, &hook_state.annotations),
             init,
+            pid: on_host.pid(),
+            on_host: Mutex::new(Some(on_host)),
             paused: AtomicBool::new(false),
             oom_ahead: AtomicU32::new(0),
             oom_told: AtomicBool::new(false),
@@ -278,6 +285,11 @@ impl Container {
     /// Forgets an exec.
     pub fn remove_exec(&self, exec: &str) {
         lock(&self.execs).remove(exec);
+    }
+
+    /// Ends what stands for it on the host: its mounts can go then.
+    pub fn leave_host(&self) {
+        lock(&self.on_host).take();
     }
 
     /// How the agent knows it.
@@ -333,7 +345,8 @@ mod tests {
             bundle: PathBuf::new(),
             annotations: Default::default(),
         };
-        let container = Container::new("c1", PathBuf::new(), init, Hooks::default(), state);
+        let hooks = Hooks::default();
+        let container = Container::new("c1", PathBuf::new(), init, hooks, state, OnHost::Vmm(7));
         let exec = Process::new("c1", "e1", Wanted::default(), Vec::new());
         container.add_exec(exec.clone()).unwrap();
         assert!(matches!(

@@ -17,11 +17,14 @@ use crate::disks;
 use crate::error::{Error, Result};
 use crate::hooks;
 use crate::limits::{self, Limits};
+use crate::memory_volumes;
 use crate::pod::{self, Pod};
 use crate::rootfs::RootMount;
 use crate::service::run_poststop;
-use crate::spec::{self, Plan};
+use crate::spec::{self, Kept, Plan};
+use crate::stand_in::{OnHost, StandIn};
 use crate::stdio::{Streams, Wanted};
+use crate::sys::{BindOptions, open_directory};
 use crate::up::Up;
 
 /// What a Create call asks for.
@@ -59,8 +62,12 @@ impl Pod {
         asked.wanted.size = spec::console_size(spec.process().as_ref());
         let linux = spec.linux().as_ref();
         let limits = Limits::of(linux.and_then(|linux| linux.resources().as_ref()));
-        let copied = |volume: &Path| self.mirrors.take(volume);
-        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &copied);
+        let kept = |volume: &Path, options: &BindOptions| {
+            let copy = || options.is_only_read().then(|| self.mirrors.take(volume))?;
+            let memory = memory_volumes::of(volume).map(Kept::Memory);
+            memory.or_else(|| copy().map(Kept::Copy))
+        };
+        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &kept);
         let created = match plan {
             Ok(mut plan) => {
                 if self.spec.bare {
@@ -127,7 +134,7 @@ impl Pod {
         let account = limits::account(&asked.id, &hook_state.annotations);
         self.admit(&account, limits).await;
         let made = self.make_in_guest(asked, &plan, devices, first, hooks, stdio);
-        let (up, hook_state) = match made.await {
+        let (up, hook_state, on_host) = match made.await {
             Ok(made) => made,
             Err(e) => {
                 streams.close().await;
@@ -143,6 +150,7 @@ impl Pod {
             init.clone(),
             host_hooks.clone(),
             hook_state,
+            on_host,
         );
         {
             let mut containers = lock(&self.containers);
@@ -156,7 +164,7 @@ impl Pod {
         if let Some(streams) = init.streams() {
             streams.feed()?;
         }
-        let pid = up.vm.vmm_pid;
+        let pid = container.pid;
         self.events.publish(TaskCreate {
             container_id: asked.id.clone(),
             bundle: asked.bundle.display().to_string(),
@@ -179,7 +187,7 @@ impl Pod {
         first: bool,
         (host_hooks, hook_state): (&Hooks, &hooks::State),
         stdio: Stdio,
-    ) -> Result<(Arc<Up>, hooks::State)> {
+    ) -> Result<(Arc<Up>, hooks::State, OnHost)> {
         let up = if plan.copies.is_empty() {
             self.up().await?
         } else {
@@ -197,13 +205,14 @@ impl Pod {
                 .await
                 .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         }
-        if first {
-            let root = self.share.path().join(&asked.id).join(paths::ROOTFS);
-            up.vm.enter_root(&root).await?;
-        }
+        let pid_namespace_of = match plan.pid_namespace_of {
+            None => String::new(),
+            Some(pid) => self.member_of_pid(&up, pid)?,
+        };
+        let on_host = self.stand_for(&up, &asked.id, first).await?;
         let disks = self.disks.acquire(&up.vm, &asked.id, devices).await?;
         let hook_state = hooks::State {
-            pid: Some(up.vm.vmm_pid),
+            pid: Some(on_host.pid()),
             ..hook_state.clone()
         };
         if !first {
@@ -219,6 +228,7 @@ impl Pod {
             spec,
             stdio: MessageField::some(stdio),
             shared_namespaces: plan.shared_namespaces.clone(),
+            pid_namespace_of,
             rootfs: MessageField::some(RootFs {
                 share_path: Path::new(&asked.id)
                     .join(paths::ROOTFS)
@@ -227,12 +237,42 @@ impl Pod {
                 ..Default::default()
             }),
             disks,
+            memory_volumes: plan.memory.clone(),
             // pivot_root(2) refuses to move an initramfs.
             no_pivot: asked.no_pivot || self.config.initrd.is_some(),
             ..Default::default()
         };
         self.call(&up, up.agent.create_container(&request)).await?;
-        Ok((up, hook_state))
+        Ok((up, hook_state, on_host))
+    }
+
+    /// Gives a container its place among the host's processes: the pod's first has the VMM's.
+    async fn stand_for(&self, up: &Up, id: &str, first: bool) -> Result<OnHost> {
+        let root = self.share.path().join(id).join(paths::ROOTFS);
+        if first {
+            up.vm.enter_root(&root).await?;
+            return Ok(OnHost::Vmm(up.vm.vmm_pid));
+        }
+        let failed = Error::io("make a thread that stands for", &root);
+        let opened = open_directory(&root).and_then(|root| Ok((root, up.netns.try_clone()?)));
+        let start = move || opened.and_then(|(root, netns)| StandIn::start(root.into(), netns));
+        let started = tokio::task::spawn_blocking(start).await;
+        let started = started.unwrap_or_else(|e| Err(e.into()));
+        started.map(OnHost::StandIn).map_err(failed)
+    }
+
+    /// Which container of the pod a pid stands for; empty for the pod itself.
+    fn member_of_pid(&self, up: &Up, pid: u32) -> Result<String> {
+        if pid == up.vm.vmm_pid {
+            return Ok(String::new());
+        }
+        let containers = lock(&self.containers);
+        let found = containers.values().find(|container| container.pid == pid);
+        let error = || spec::Error::ForeignNamespace {
+            kind: "pid".into(),
+            path: format!("/proc/{pid}/ns/pid").into(),
+        };
+        Ok(found.ok_or_else(error)?.id.clone())
     }
 }
 

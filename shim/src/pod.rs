@@ -451,6 +451,7 @@ impl Pod {
             }
         }
         self.timeline.note("vm-ended");
+        lock(&self.containers).values().for_each(|c| c.leave_host());
         self.sweep().await;
         *removed = true;
     }

@@ -90,7 +90,7 @@ impl Pod {
             self.events.publish(TaskExit {
                 container_id: process.container.clone(),
                 id: process.event_id(),
-                pid: up.vm.vmm_pid,
+                pid: container.pid,
                 exit_status: exit.status,
                 exited_at: exit.timestamp(),
                 ..Default::default()
@@ -153,7 +153,7 @@ impl Pod {
             });
         }
         let up = self.up().await?;
-        let pid = up.vm.vmm_pid;
+        let pid = container.pid;
         if exec.is_empty() {
             up.connect_network().await?;
             self.call(&up, up.agent.start_process(&process.id()))
@@ -300,7 +300,7 @@ impl Pod {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
-        let pid = self.pid();
+        let pid = container.pid;
         if !exec.is_empty() {
             let exit = match process.phase() {
                 Phase::Stopped(exit) => exit,
@@ -332,6 +332,7 @@ impl Pod {
             }
         };
         process.close_streams().await;
+        container.leave_host();
         let last = !self.spec.bare && lock(&self.containers).len() == 1;
         if last {
             // The guest goes as a whole: it need not take its container apart first.

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use oci_spec::runtime::{
     Hooks, LinuxNamespace, LinuxNamespaceType, Mount, Process, RootBuilder, Spec,
 };
+use sepal_protocol::agent::MemoryVolume;
 use sepal_protocol::paths;
 
 use crate::annotations::Role;
@@ -128,6 +129,15 @@ pub struct Bind {
     pub directory: bool,
 }
 
+/// A volume that the guest has itself.
+#[derive(Debug)]
+pub enum Kept {
+    /// A copy of the host's.
+    Copy(Arc<Mirror>),
+    /// A file system in the guest's memory.
+    Memory(MemoryVolume),
+}
+
 /// What becomes of a container's spec.
 #[derive(Debug)]
 pub struct Plan {
@@ -137,8 +147,13 @@ pub struct Plan {
     pub binds: Vec<Bind>,
     /// Volumes that the guest has copies of.
     pub copies: Vec<Arc<Mirror>>,
+    /// Volumes that are the guest's memory.
+    pub memory: Vec<MemoryVolume>,
     /// For the agent: OCI names of the namespaces that the pod's containers share.
     pub shared_namespaces: Vec<String>,
+    /// Whose processes a pod's container shares, if it shares any: the pid on the host by which CRI
+    /// names the pod or another container of it.
+    pub pid_namespace_of: Option<u32>,
 }
 
 /// Reads a bundle's config.json.
@@ -215,8 +230,8 @@ pub fn process(spec: &Spec) -> Result<&Process, Error> {
 }
 
 impl Plan {
-    /// Rewrites a container's spec for the guest. `copied` answers whether the guest gets a copy of a
-    /// volume; it is asked for directories that the container may only read.
+    /// Rewrites a container's spec for the guest. `kept` answers whether the guest has a volume itself;
+    /// it is asked for directories, and told how the container gets them.
     ///
     /// # Errors
     /// The spec asks for what a guest cannot have, or for a mount source that is not there.
@@ -225,7 +240,7 @@ impl Plan {
         container: &str,
         role: &Role,
         bundle: &Path,
-        copied: &dyn Fn(&Path) -> Option<Arc<Mirror>>,
+        kept: &dyn Fn(&Path, &BindOptions) -> Option<Kept>,
     ) -> Result<Self, Error> {
         process(&spec)?;
         let in_guest = Path::new(paths::guest::SHARE).join(container);
@@ -241,8 +256,9 @@ impl Plan {
             .ok();
         spec.set_root(root);
         take_host_hooks(&mut spec);
+        let pid_namespace_of = pid_namespace_of(&spec, role);
         let shared_namespaces = share_namespaces(&mut spec, role)?;
-        let (mut binds, mut copies) = (Vec::new(), Vec::new());
+        let (mut binds, mut copies, mut memory) = (Vec::new(), Vec::new(), Vec::new());
         for mount in spec.mounts_mut().iter_mut().flatten() {
             if !is_bind(mount) {
                 continue;
@@ -258,13 +274,20 @@ impl Plan {
             let source = bundle.join(source);
             let directory = check_source(&source, &destination)?;
             let options = bind_options(mount)?;
-            if directory
-                && options.is_only_read()
-                && let Some(copy) = copied(&source)
-            {
-                mount.set_source(Some(copy.in_guest()));
-                copies.push(copy);
-                continue;
+            match directory.then(|| kept(&source, &options)).flatten() {
+                Some(Kept::Copy(copy)) => {
+                    mount.set_source(Some(copy.in_guest()));
+                    copies.push(copy);
+                    continue;
+                }
+                Some(Kept::Memory(volume)) => {
+                    let own = Path::new(paths::guest::CONTAINERS).join(container);
+                    let all = own.join(paths::guest::CONTAINER_MEMORY);
+                    mount.set_source(Some(all.join(memory.len().to_string())));
+                    memory.push(volume);
+                    continue;
+                }
+                None => {}
             }
             let target = in_guest.join(paths::MOUNTS).join(binds.len().to_string());
             mount.set_source(Some(target));
@@ -278,7 +301,9 @@ impl Plan {
             guest: spec,
             binds,
             copies,
+            memory,
             shared_namespaces,
+            pid_namespace_of,
         })
     }
 
@@ -431,6 +456,15 @@ fn bind_options(mount: &Mount) -> Result<BindOptions, Error> {
             Ok(options)
         }
     }
+}
+
+/// The process whose PID namespace a pod's further container is to join, by the path that CRI gives.
+fn pid_namespace_of(spec: &Spec, role: &Role) -> Option<u32> {
+    let member = matches!(role, Role::Member { .. });
+    let mut namespaces = namespaces(spec).ok()?.iter().filter(|_| member);
+    let pid = namespaces.find(|n| n.typ() == LinuxNamespaceType::Pid)?;
+    let path = pid.path().as_ref()?.strip_prefix("/proc").ok()?;
+    path.to_str()?.strip_suffix("/ns/pid")?.parse().ok()
 }
 
 /// Takes the host's paths out of the namespaces; answers which ones the pod's containers share.

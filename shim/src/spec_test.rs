@@ -17,7 +17,24 @@ fn spec(extra: serde_json::Value) -> Spec {
 }
 
 fn plan(extra: serde_json::Value, role: &Role) -> Result<Plan, Error> {
-    Plan::new(spec(extra), "c1", role, Path::new("/bundle"), &|_| None)
+    Plan::new(spec(extra), "c1", role, Path::new("/bundle"), &|_, _| None)
+}
+
+#[test]
+fn whose_processes_a_container_shares_is_told_by_a_pid_of_the_host() {
+    let of = |role: &Role, path: &str| {
+        let namespaces = json!([{ "type": "pid", "path": path }]);
+        let spec = spec(json!({ "linux": { "namespaces": namespaces } }));
+        pid_namespace_of(&spec, role)
+    };
+    let member = Role::Member {
+        sandbox: "s1".into(),
+    };
+    assert_eq!(of(&member, "/proc/4711/ns/pid"), Some(4711));
+    for path in ["/var/run/pidns/1", "/proc/self/ns/pid", "/proc/4711/ns/net"] {
+        assert_eq!(of(&member, path), None, "{path}");
+    }
+    assert_eq!(of(&Role::Sandbox, "/proc/4711/ns/pid"), None);
 }
 
 #[test]
@@ -168,7 +185,7 @@ fn only_hooks_of_the_container_reach_the_guest() {
 fn a_spec_without_a_process_is_refused() {
     let mut bare = spec(json!({}));
     bare.set_process(None);
-    let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b"), &|_| None).unwrap_err();
+    let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b"), &|_, _| None).unwrap_err();
     assert!(matches!(error, Error::NoProcess));
 }
 

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -226,6 +227,15 @@ fn aside<T: Send>(
             .join()
             .map_err(|_| Error::other(format!("the thread {name} has panicked")))?
     })
+}
+
+/// Opens a directory as a place, not to be read. A link is none.
+///
+/// # Errors
+/// It is not there, or no directory.
+pub fn open_directory(path: &Path) -> Result<File> {
+    let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
+    File::options().read(true).custom_flags(flags).open(path)
 }
 
 /// Options of a bind mount.

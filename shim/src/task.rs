@@ -137,7 +137,7 @@ impl TaskService {
         let mut response = StateResponse {
             id: request.id.clone(),
             bundle: container.bundle.display().to_string(),
-            pid: pod.pid(),
+            pid: container.pid,
             stdin: process.wanted.stdin.clone(),
             stdout: process.wanted.stdout.clone(),
             stderr: process.wanted.stderr.clone(),
@@ -264,11 +264,9 @@ impl Task for TaskService {
 
     async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> ttrpc::Result<PidsResponse> {
         answer!("pids", r.id, {
-            let pod = self.pod()?;
-            pod.container(&r.id)?;
-            // Host pids are wanted, and the one process of the pod on the host is its VMM.
+            // Host pids are wanted, and the host knows one of each container.
             let info = ProcessInfo {
-                pid: pod.pid(),
+                pid: self.pod()?.container(&r.id)?.pid,
                 ..Default::default()
             };
             Ok(PidsResponse {

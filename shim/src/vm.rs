@@ -283,10 +283,7 @@ impl Vm {
     /// # Errors
     /// The directory is not there, or the VMM refuses.
     pub async fn enter_root(&self, rootfs: &Path) -> Result<(), Error> {
-        let mut directory = File::options();
-        let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
-        let directory = directory.read(true).custom_flags(flags).open(rootfs);
-        let directory = directory.map_err(io("open the container's root"))?;
+        let directory = sys::open_directory(rootfs).map_err(io("open the container's root"))?;
         self.ask_with(&Request::EnterRoot, &[directory.into()])
             .await
     }

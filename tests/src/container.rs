@@ -207,6 +207,21 @@ impl Container<'_> {
         })
     }
 
+    /// The pid on the host that containerd knows its task by.
+    ///
+    /// # Panics
+    /// When it has no task.
+    #[track_caller]
+    pub fn task_pid(&self) -> u32 {
+        let id = self.full_id();
+        let list = self.bed.command(["ctr", "task", "list"]).run().success();
+        let list = list.out();
+        let mut tasks = list.lines().map(|line| line.split_whitespace());
+        let pid = tasks.find_map(|mut words| (words.next() == Some(&id)).then(|| words.next()));
+        let pid = pid.flatten().and_then(|pid| pid.parse().ok());
+        pid.unwrap_or_else(|| panic!("no task of {id} in:\n{list}"))
+    }
+
     /// A field of `nerdctl inspect`.
     #[track_caller]
     pub fn inspect(&self, format: &str) -> String {

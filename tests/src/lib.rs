@@ -26,7 +26,7 @@ pub use bed::{Bed, Kind, Scratch};
 pub use cluster::{Cluster, Namespace, Pod};
 pub use command::{Command, Outcome, Running};
 pub use container::{Client, Container};
-pub use pods::PodProcess;
+pub use pods::{CtrPod, PodProcess};
 pub use terminal::Terminal;
 
 use std::time::{Duration, Instant};

@@ -1,6 +1,6 @@
 //! The host processes of a pod, found from the outside as an administrator would.
 
-use crate::{Bed, Container, Outcome};
+use crate::{Bed, Client, Container, Outcome};
 
 /// A program of a pod.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +50,75 @@ impl PodProcess {
     }
 }
 
+/// A pod such as CRI describes one, made by ctr: a sandbox, and members by its id.
+pub struct CtrPod<'bed> {
+    bed: &'bed Bed,
+    sandbox: Container<'bed>,
+}
+
+impl<'bed> CtrPod<'bed> {
+    /// Its first container, which only sleeps.
+    pub fn sandbox(&self) -> &Container<'bed> {
+        &self.sandbox
+    }
+
+    /// A further container that runs by itself; `options` are `ctr run`'s.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[track_caller]
+    pub fn member(&self, options: &[&str], image: &str, argv: &[&str]) -> Container<'bed> {
+        let (member, outcome) = self.try_member(options, image, argv);
+        outcome.success();
+        member
+    }
+
+    /// The same, which may fail.
+    pub fn try_member(
+        &self,
+        options: &[&str],
+        image: &str,
+        argv: &[&str],
+    ) -> (Container<'bed>, Outcome) {
+        let member = self.bed.named(Client::Ctr, "member");
+        let sandbox = format!("io.kubernetes.cri.sandbox-id={}", self.sandbox.id());
+        let annotations = ["--annotation", &sandbox];
+        let options = [&annotations, options].concat();
+        let outcome = run(self.bed, "container", &member, &options, image, argv);
+        (member, outcome)
+    }
+}
+
+fn run(
+    bed: &Bed,
+    kind: &str,
+    container: &Container<'_>,
+    options: &[&str],
+    image: &str,
+    argv: &[&str],
+) -> Outcome {
+    let kind = format!("io.kubernetes.cri.container-type={kind}");
+    bed.command(["ctr", "run", "--detach", "--runtime", bed.runtime()])
+        .args(["--annotation", &kind])
+        .args(options)
+        .args([image, container.id()])
+        .args(argv)
+        .run()
+}
+
 impl Bed {
+    /// A pod without members.
+    ///
+    /// # Panics
+    /// When it does not start.
+    #[track_caller]
+    pub fn ctr_pod(&self, options: &[&str]) -> CtrPod<'_> {
+        let sandbox = self.named(Client::Ctr, "pod");
+        let (image, argv) = (self.busybox(), ["sleep", "1000"]);
+        run(self, "sandbox", &sandbox, options, &image, &argv).success();
+        CtrPod { bed: self, sandbox }
+    }
+
     /// The pid, in the bed, of a program of a pod; `id` is the pod's, which is its first container's.
     ///
     /// # Panics

@@ -231,43 +231,19 @@ fn the_machine_of_a_pod_is_the_sum_of_its_containers() {
     if !bed.has_vm() {
         return;
     }
-    let (sandbox, member, other) = (
-        bed.named(Client::Ctr, "pod"),
-        bed.named(Client::Ctr, "member"),
-        bed.named(Client::Ctr, "other"),
-    );
-    let run = |container: &Container, annotations: &[String], options: &[String]| {
-        let mut command = bed.command(["ctr", "run", "--runtime", bed.runtime(), "--detach"]);
-        for annotation in annotations {
-            command = command.args(["--annotation", annotation]);
-        }
-        command
-            .args(options)
-            .args([&bed.busybox(), container.id()])
-            .args(["sleep", "1000"])
-            .run()
-            .success();
+    let sum = format!("io.kubernetes.cri.sandbox-memory={}", 200 * MIB);
+    let pod = bed.ctr_pod(&["--annotation", &sum]);
+    let run = |name: &str, limit: u64| {
+        let name = format!("io.kubernetes.cri.container-name={name}");
+        let limit = (limit * MIB).to_string();
+        let options = ["--annotation", &name, "--memory-limit", &limit];
+        pod.member(&options, &bed.busybox(), &["sleep", "1000"])
     };
-    let cri = |key: &str, value: &str| format!("io.kubernetes.cri.{key}={value}");
-    let sum = (200 * MIB).to_string();
-    let pod = [
-        cri("container-type", "sandbox"),
-        cri("sandbox-memory", &sum),
-    ];
-    run(&sandbox, &pod, &[]);
-    let limit = ["--memory-limit".to_owned(), (100 * MIB).to_string()];
-    for (container, name) in [(&member, "a"), (&other, "b")] {
-        let annotations = [
-            cri("container-type", "container"),
-            cri("sandbox-id", sandbox.id()),
-            cri("container-name", name),
-        ];
-        run(container, &annotations, &limit);
-    }
-    let before = total(&sandbox);
+    let (member, other) = (run("a", 100), run("b", 100));
+    let before = total(pod.sandbox());
     let grown = |by: i64| {
         let by = before.checked_add_signed(by).expect("a size");
-        let now = total(&sandbox);
+        let now = total(pod.sandbox());
         assert!(now.abs_diff(by) <= 4, "{now} MiB instead of {by}");
     };
     update(&bed, &member, &["--memory", "300m"]).success();
@@ -278,12 +254,6 @@ fn the_machine_of_a_pod_is_the_sum_of_its_containers() {
     grown(100);
     // Its next life is no further container, and may have other limits.
     member.remove();
-    let annotations = [
-        cri("container-type", "container"),
-        cri("sandbox-id", sandbox.id()),
-        cri("container-name", "a"),
-    ];
-    let limit = ["--memory-limit".to_owned(), (150 * MIB).to_string()];
-    run(&member, &annotations, &limit);
+    let _again = run("a", 150);
     grown(150);
 }

@@ -1,10 +1,11 @@
-//! Volumes that the kubelet changes under a running container: ConfigMaps, Secrets and their kind.
+//! Volumes that a guest has itself: ConfigMaps, Secrets and their kind, which the kubelet changes under
+//! a running container, and emptyDirs in memory.
 //!
-//! No kubelet here: a shell does in a folder what its atomic writer does.
+//! No kubelet here: a shell does in a folder what its atomic writer does, or mounts what it mounts.
 
 use std::time::Instant;
 
-use sepal_tests::{Bed, Client, Container, Scratch, eventually, seconds};
+use sepal_tests::{Bed, Container, Scratch, eventually, seconds};
 
 /// Writes a version, `$2`, with `$4` keys that hold `$3`, as pkg/volume/util/atomic_writer.go does.
 const WRITE: &str = r#"
@@ -183,31 +184,9 @@ fn files_are_as_they_are_on_the_host() {
 fn all_containers_of_a_pod_see_a_change_and_so_does_one_that_comes_later() {
     let bed = Bed::get();
     let map = ConfigMap::new(&bed, "first", 5);
-    let sandbox = bed.named(Client::Ctr, "pod");
-    let kind = |kind: &str| format!("io.kubernetes.cri.container-type={kind}");
-    let of = format!("io.kubernetes.cri.sandbox-id={}", sandbox.id());
-    let run = |container: &Container, options: &[&str], argv: &[&str]| {
-        let ctr = ["ctr", "run", "--detach", "--runtime", bed.runtime()];
-        let command = bed.command(ctr).args(options);
-        let command = command.args([&bed.image("python"), container.id()]);
-        command.args(argv).run().success();
-    };
-    let annotation = kind("sandbox");
-    run(&sandbox, &["--annotation", &annotation], &["sleep", "1000"]);
-    let (annotation, mount) = (kind("container"), map.mount());
-    let options = [
-        "--annotation",
-        &annotation,
-        "--annotation",
-        &of,
-        "--mount",
-        &mount,
-    ];
-    let member = |argv: &[&str]| {
-        let member = bed.named(Client::Ctr, "member");
-        run(&member, &options, argv);
-        member
-    };
+    let pod = bed.ctr_pod(&[]);
+    let mount = map.mount();
+    let member = |argv: &[&str]| pod.member(&["--mount", &mount], &bed.image("python"), argv);
     let waits = waiting("/etc/config", NAMES);
     let both = [member(&waits), member(&waits)];
     for container in &both {
@@ -271,4 +250,106 @@ fn thousands_of_keys_are_no_reason_to_be_left_out() {
     println!("told after {:?}", changed.elapsed());
     let count = "cat /etc/config/key-* | grep -c '^new-'";
     assert_eq!(container.sh(count).success().out(), keys.to_string());
+}
+
+/// An emptyDir with `medium: Memory` as the kubelet leaves it on the host.
+struct MemoryDir<'bed> {
+    bed: &'bed Bed,
+    scratch: Scratch<'bed>,
+}
+
+impl<'bed> MemoryDir<'bed> {
+    fn new(bed: &'bed Bed) -> Self {
+        let dir = Self {
+            bed,
+            scratch: bed.scratch(),
+        };
+        let make = "set -e; mkdir -p $0; mount -t tmpfs -o size=16m,mode=2777,gid=1234 tmpfs $0
+                    mkdir $0/part; chmod 2770 $0/part; mkdir $1; mount --bind $0/part $1";
+        let argv = ["sh", "-c", make, &dir.path(), &dir.part()];
+        bed.command(argv).run().success();
+        dir
+    }
+
+    fn path(&self) -> String {
+        self.scratch.file("volumes/kubernetes.io~empty-dir/cache")
+    }
+
+    /// What a `subPath` is.
+    fn part(&self) -> String {
+        self.scratch.file("part")
+    }
+}
+
+impl Drop for MemoryDir<'_> {
+    fn drop(&mut self) {
+        let argv = ["umount", "-l", &self.part(), &self.path()];
+        self.bed.command(argv).run();
+    }
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn an_empty_dir_in_memory_is_one_of_the_guests_for_all_of_its_pod() {
+    let bed = Bed::get();
+    let dir = MemoryDir::new(&bed);
+    let pod = bed.ctr_pod(&[]);
+    let start = |source: &str, access: &str| {
+        let mount = format!("type=bind,src={source},dst=/cache,options=rbind:{access}");
+        pod.try_member(&["--mount", &mount], &bed.busybox(), &["sleep", "1000"])
+    };
+    let (whole, started) = start(&dir.path(), "rw");
+    started.success();
+    assert_eq!(
+        whole.sh("stat -fc %T /cache; stat -c '%a %g' /cache; df -m /cache | awk 'NR == 2 { print $2 }'")
+            .success()
+            .out(),
+        "tmpfs\n2777 1234\n16"
+    );
+    let too_much = whole.sh("dd if=/dev/zero of=/cache/much bs=1M count=20; rm /cache/much");
+    assert!(
+        too_much.err().contains("No space left"),
+        "{}",
+        too_much.report()
+    );
+
+    let (part, started) = start(&dir.part(), "rw");
+    started.success();
+    assert_eq!(
+        part.sh("stat -c '%a %g' /cache").success().out(),
+        "2770 1234"
+    );
+    part.sh("echo hello >/cache/greeting").success();
+    assert_eq!(
+        whole.exec(["cat", "/cache/part/greeting"]).success().out(),
+        "hello"
+    );
+    let (reader, started) = start(&dir.path(), "ro");
+    started.success();
+    assert_eq!(
+        reader.exec(["cat", "/cache/part/greeting"]).success().out(),
+        "hello"
+    );
+    reader.sh("echo more >/cache/part/greeting").failure();
+    part.remove();
+    assert_eq!(
+        whole.exec(["cat", "/cache/part/greeting"]).success().out(),
+        "hello"
+    );
+    if bed.has_vm() {
+        let on_the_host = bed.command(["find", &dir.path(), "-type", "f"]).run();
+        assert_eq!(
+            on_the_host.success().out(),
+            "",
+            "the guest's memory is its own"
+        );
+
+        // Whoever can write in it cannot lead those astray who come later.
+        whole
+            .sh("mv /cache/part /cache/gone; ln -s / /cache/part")
+            .success();
+        let (_refused, outcome) = start(&dir.part(), "rw");
+        let text = outcome.failure().report();
+        assert!(text.contains("cannot make a volume in memory"), "{text}");
+    }
 }
