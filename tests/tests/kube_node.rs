@@ -125,26 +125,51 @@ spec:
     let limits = "cat /sys/fs/cgroup/cpu.max 2>/dev/null || echo $(cat /sys/fs/cgroup/cpu/cpu.cfs_quota_us) 100000; \
                   cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes 2>/dev/null; true";
     assert_eq!(pod.sh(limits), "20000 100000\n104857600");
-    let patch = r#"{"spec":{"containers":[{"name":"main","resources":{"requests":{"cpu":"400m","memory":"120Mi"},"limits":{"cpu":"400m","memory":"120Mi"}}}]}}"#;
-    namespace
-        .kubectl([
+    let machine = || -> Vec<u64> {
+        let said = pod.sh("nproc; free -m | awk '/^Mem:/ { print $2 }'");
+        said.lines()
+            .map(|line| line.parse().expect("a number"))
+            .collect()
+    };
+    let before = machine();
+    // Up, further than the machine has booted with, and down again.
+    for (cpu, memory, quota, mebibytes, processors) in [
+        ("400m", "120Mi", 40_000, 120, 1),
+        ("1500m", "600Mi", 150_000, 600, 2),
+        ("200m", "100Mi", 20_000, 100, 1),
+    ] {
+        let patch = format!(
+            r#"{{"spec":{{"containers":[{{"name":"main","resources":{{
+                "requests":{{"cpu":"{cpu}","memory":"{memory}"}},
+                "limits":{{"cpu":"{cpu}","memory":"{memory}"}}}}}}]}}}}"#
+        );
+        let patch = [
             "patch",
             "pod",
             "resized",
             "--subresource",
             "resize",
             "--patch",
-            patch,
-        ])
-        .run()
-        .success();
-    pod.wait_for(
-        "{.status.containerStatuses[0].resources.limits.cpu} {.status.containerStatuses[0].resources.limits.memory}",
-        "400m 120Mi",
-    );
-    eventually("the container has them", seconds(30), || {
-        (pod.sh(limits) == "40000 100000\n125829120").then_some(())
-    });
+            &patch,
+        ];
+        namespace.kubectl(patch).run().success();
+        pod.wait_for(
+            "{.status.containerStatuses[0].resources.limits.cpu} {.status.containerStatuses[0].resources.limits.memory}",
+            &format!("{cpu} {memory}"),
+        );
+        let expected = format!("{quota} 100000\n{}", mebibytes << 20);
+        eventually("the container has them", seconds(60), || {
+            (pod.sh(limits) == expected).then_some(())
+        });
+        if cluster.bed().has_vm() {
+            let memory = before[1] + mebibytes - 100;
+            let (more, less) = (memory + 20, memory - 20);
+            eventually("the machine is as large", seconds(30), || {
+                let now = machine();
+                (now[0] == processors && (less..more).contains(&now[1])).then_some(())
+            });
+        }
+    }
     assert_eq!(pod.get(CONTAINER), container);
     assert_eq!(pod.get(RESTARTS), "0");
 }

@@ -2,7 +2,7 @@
 
 use std::io::Read;
 
-use sepal_tests::{Cluster, Terminal, seconds};
+use sepal_tests::{Cluster, Namespace, Running, Terminal, seconds};
 
 /// A pod whose container stays until it is told to go.
 const STAYING: &str = r#"
@@ -233,6 +233,74 @@ fn cp_goes_both_ways() {
         .success();
 }
 
+/// `kubectl port-forward` to a pod's port, and the port of this side.
+fn forward(namespace: &Namespace, pod: &str, port: u16) -> (Running, u16) {
+    let target = [&format!("pod/{pod}"), &format!(":{port}")];
+    let mut forward = namespace.kubectl(["port-forward"]).args(target).spawn();
+    let mut said = String::new();
+    let mut output = forward.stdout();
+    while !said.contains('\n') {
+        let mut byte = [0];
+        let got = output.read(&mut byte).expect("a pipe");
+        assert_eq!(got, 1, "it ended: {said}");
+        said.push(byte[0] as char);
+    }
+    // Forwarding from 127.0.0.1:33333 -> 80
+    let rest = said.split(':').nth(1);
+    let number = rest.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    let number = number.unwrap_or_else(|| panic!("no port in {said:?}"));
+    // It says more with each connection, and must not wait for somebody to read it.
+    std::thread::spawn(move || std::io::copy(&mut output, &mut std::io::sink()));
+    (forward, number)
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn port_forward_carries_much_at_once() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "files",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: files }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: python
+      workingDir: /files
+      command: [python3, -m, http.server, --bind, 127.0.0.1, "8000"]
+      volumeMounts: [{ name: files, mountPath: /files }]
+      startupProbe: { exec: { command: [python3, -c, 'import socket; socket.create_connection(("127.0.0.1", 8000))'] }, periodSeconds: 1 }
+  volumes: [{ name: files, emptyDir: {} }]
+"#,
+    );
+    pod.sh("head -c 100000000 /dev/urandom >large; head -c 100000 large >small");
+    let sums = pod.sh("sha256sum <large; sha256sum <small");
+    let (large, small) = sums.split_once('\n').expect("two lines");
+    let (_forward, port) = forward(&namespace, "files", 8000);
+    let fetch =
+        |name: &str| format!("curl -sS --max-time 300 http://127.0.0.1:{port}/{name} | sha256sum");
+    let got = cluster.bed().sh(&fetch("large")).patience(seconds(300));
+    assert_eq!(got.run().success().out(), large);
+    let fifty = format!(
+        "for n in $(seq 50); do {{ {}; }} & done; wait",
+        fetch("small")
+    );
+    let got = cluster
+        .bed()
+        .sh(&fifty)
+        .patience(seconds(300))
+        .run()
+        .success()
+        .out();
+    assert_eq!(got.lines().count(), 50);
+    assert!(got.lines().all(|sum| sum == small), "{got}");
+}
+
 #[test]
 #[ignore = "needs a cluster: tests/kube/run"]
 fn port_forward_reaches_a_server_on_localhost() {
@@ -252,26 +320,7 @@ spec:
       readinessProbe: { httpGet: { port: 80 }, periodSeconds: 1 }
 "#,
     );
-    let mut forward = namespace
-        .kubectl(["port-forward", "pod/nginx", ":80"])
-        .spawn();
-    let mut said = String::new();
-    let mut output = forward.stdout();
-    while !said.contains('\n') {
-        let mut byte = [0];
-        assert_eq!(
-            output.read(&mut byte).expect("a pipe"),
-            1,
-            "it ended: {said}"
-        );
-        said.push(byte[0] as char);
-    }
-    // Forwarding from 127.0.0.1:33333 -> 80
-    let port = said
-        .split(':')
-        .nth(1)
-        .and_then(|rest| rest.split_whitespace().next())
-        .unwrap_or_else(|| panic!("no port in {said:?}"));
+    let (_forward, port) = forward(&namespace, "nginx", 80);
     let page = format!("http://127.0.0.1:{port}/");
     for _ in 0..20 {
         let got = cluster

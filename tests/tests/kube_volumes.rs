@@ -250,6 +250,12 @@ metadata: { name: memory }
 spec:
   runtimeClassName: sepal
   terminationGracePeriodSeconds: 1
+  securityContext: { fsGroup: 1234 }
+  initContainers:
+    - name: before
+      image: busybox
+      command: [sh, -c, 'echo hello >/cache/from']
+      volumeMounts: [{ name: cache, mountPath: /cache }]
   containers:
     - name: main
       image: busybox
@@ -257,12 +263,25 @@ spec:
       resources: { limits: { memory: 128Mi } }
       volumeMounts:
         - { name: cache, mountPath: /cache }
+    - name: part
+      image: busybox
+      securityContext: { runAsUser: 1000 }
+      command: [sh, -c, 'echo mine >/part/file; sleep 1000']
+      volumeMounts:
+        - { name: cache, mountPath: /part, subPath: some/where }
+        - { name: cache, mountPath: /cache, readOnly: true }
   volumes:
     - name: cache
       emptyDir: { medium: Memory, sizeLimit: 16Mi }
 "#,
     );
     assert_eq!(pod.sh("df -m /cache | awk 'NR == 2 { print $2 }'"), "16");
+    let about =
+        "stat -fc %T /cache; stat -c '%a %g' /cache; cat /cache/from /cache/some/where/file";
+    assert_eq!(pod.sh(about), "tmpfs\n2777 1234\nhello\nmine");
+    assert_eq!(pod.sh_in("part", "cat /cache/from"), "hello");
+    let refused = ["sh", "-c", "echo more >>/cache/from"];
+    pod.exec_command(&["-c", "part"], refused).run().failure();
     pod.exec(["dd", "if=/dev/zero", "of=/cache/fits", "bs=1M", "count=15"])
         .success();
     let full = pod

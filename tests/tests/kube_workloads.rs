@@ -297,3 +297,132 @@ spec:
     assert!((100_000_000..500_000_000).contains(&cpu), "{cpu} nanocores");
     assert!(memory < 64 << 20, "{memory} bytes");
 }
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_database_keeps_its_rows_when_its_pod_is_deleted() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let scratch = cluster.bed().scratch();
+    let make = ["mkdir", "-m", "0777", &scratch.file("disk")];
+    cluster.bed().command(make).run().success();
+    let manifest = r#"
+apiVersion: v1
+kind: PersistentVolume
+metadata: { name: NAME }
+spec:
+  capacity: { storage: 1Gi }
+  accessModes: [ReadWriteOnce]
+  storageClassName: NAME
+  local: { path: SCRATCH/disk }
+  nodeAffinity:
+    required:
+      nodeSelectorTerms:
+        - matchExpressions: [{ key: kubernetes.io/hostname, operator: In, values: [node] }]
+---
+apiVersion: apps/v1
+kind: StatefulSet
+metadata: { name: postgres }
+spec:
+  serviceName: postgres
+  selector: { matchLabels: { app: postgres } }
+  template:
+    metadata: { labels: { app: postgres } }
+    spec:
+      runtimeClassName: sepal
+      terminationGracePeriodSeconds: 30
+      containers:
+        - name: main
+          image: postgresql
+          env: [{ name: PGDATA, value: /data/pg }, { name: PGHOST, value: /tmp }]
+          command: [sh, -c, '[ -e $PGDATA/PG_VERSION ] || initdb -A trust || exit 1; exec postgres -k /tmp']
+          resources: { limits: { memory: 512Mi } }
+          readinessProbe: { exec: { command: [pg_isready, -q] }, periodSeconds: 1, timeoutSeconds: 5 }
+          volumeMounts: [{ name: data, mountPath: /data }]
+  volumeClaimTemplates:
+    - metadata: { name: data }
+      spec:
+        accessModes: [ReadWriteOnce]
+        storageClassName: NAME
+        resources: { requests: { storage: 1Gi } }
+"#;
+    let manifest = manifest.replace("NAME", namespace.name());
+    namespace.apply(&manifest.replace("SCRATCH", scratch.path()));
+    let roll_out = || {
+        let status = [
+            "rollout",
+            "status",
+            "statefulset/postgres",
+            "--timeout=240s",
+        ];
+        let status = namespace.kubectl(status).patience(seconds(260));
+        status.run().success();
+    };
+    roll_out();
+    let pod = namespace.pod("postgres-0");
+    pod.sh("pgbench -q -i -s 1 postgres && pgbench -n -t 200 postgres");
+    let count = "psql -At -c 'select count(*) from pgbench_history' postgres";
+    assert_eq!(pod.sh(count), "200");
+    let uid = pod.get("{.metadata.uid}");
+    pod.delete(&[]);
+    eventually("it is made anew", seconds(60), || {
+        let get = ["get", "pod", "postgres-0", "-o", "jsonpath={.metadata.uid}"];
+        let now = namespace.kubectl(get).run();
+        (now.ok() && now.out() != uid).then_some(())
+    });
+    roll_out();
+    assert_eq!(pod.sh(count), "200");
+    namespace
+        .kubectl(["delete", "statefulset/postgres", "--wait"])
+        .run()
+        .success();
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn fifty_pods_come_and_go_at_once() {
+    let cluster = Cluster::alone();
+    let namespace = cluster.namespace();
+    namespace.apply(
+        r#"
+apiVersion: apps/v1
+kind: Deployment
+metadata: { name: many }
+spec:
+  replicas: 1
+  selector: { matchLabels: { app: many } }
+  template:
+    metadata: { labels: { app: many } }
+    spec:
+      runtimeClassName: sepal
+      terminationGracePeriodSeconds: 1
+      containers:
+        - { name: main, image: busybox, command: [sh, -c, 'trap "exit 0" TERM; sleep 1000 & wait'] }
+"#,
+    );
+    let scale = |count: u32| {
+        let begun = std::time::Instant::now();
+        let replicas = format!("--replicas={count}");
+        namespace
+            .kubectl(["scale", "deployment/many", &replicas])
+            .run()
+            .success();
+        eventually(&format!("there are {count}"), seconds(500), || {
+            let pods = [
+                "get",
+                "pods",
+                "-o",
+                "jsonpath={range .items[*]}{.status.phase} {end}",
+            ];
+            let pods = namespace.kubectl(pods).run().out();
+            let pods: Vec<_> = pods.split_whitespace().collect();
+            let all = pods.len() == count as usize && pods.iter().all(|phase| *phase == "Running");
+            all.then_some(())
+        });
+        println!("{count} after {:?}", begun.elapsed());
+    };
+    // As an autoscaler would.
+    for count in [1, 20, 0, 50, 0] {
+        scale(count);
+    }
+}
