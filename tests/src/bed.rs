@@ -137,11 +137,11 @@ impl Bed {
     }
 
     /// Whether shares of a processor can be measured, and more than one be had. Says so when they
-    /// cannot: the node has a single, emulated one, whose clock goes on while it has to wait.
+    /// cannot: the node's are emulated, and its clock goes on while they have to wait.
     pub fn has_real_processors(&self) -> bool {
         let real = self.kind == Kind::Native;
         if !real {
-            println!("left out: about processors, and the node's is emulated");
+            println!("left out: about processors, and the node's are emulated");
         }
         real
     }
