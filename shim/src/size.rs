@@ -1,5 +1,6 @@
 //! How large a pod's VM is: from its limits, the annotations and the configuration.
 
+use nix::unistd::{SysconfVar, sysconf};
 use sepal_protocol::config::{Config, MIN_MEMORY};
 use sepal_protocol::vm::CpuSpec;
 
@@ -61,14 +62,15 @@ pub enum Error {
 impl Host {
     /// This one.
     pub fn here() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        // Not available_parallelism(), which is what this process may use: it is in the pod's cgroup.
+        let cpus = sysconf(SysconfVar::_NPROCESSORS_ONLN).ok().flatten();
         let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
         let kilobytes = info
             .lines()
             .find_map(|line| line.strip_prefix("MemTotal:"))
             .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
         Self {
-            cpus: u8::try_from(cpus).unwrap_or(u8::MAX),
+            cpus: u8::try_from(cpus.unwrap_or(1)).unwrap_or(u8::MAX),
             memory: kilobytes.unwrap_or(0).saturating_mul(1024),
         }
     }
@@ -221,6 +223,20 @@ mod tests {
         let limits = Limits::of(Some(&resources.build().unwrap()));
         let totals = limits.of_pod(CriResources::of(&annotations));
         Size::plan(&annotations, totals, &Config::default(), HOST)
+    }
+
+    #[test]
+    fn the_hosts_processors_are_counted_and_not_those_that_this_thread_may_use() {
+        use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+        let this = nix::unistd::Pid::from_raw(0);
+        let all = sched_getaffinity(this).unwrap();
+        let first = (0..CpuSet::count()).find(|cpu| all.is_set(*cpu).unwrap());
+        let mut one = CpuSet::new();
+        one.set(first.unwrap()).unwrap();
+        let before = Host::here().cpus;
+        // Of this thread, which ends with the test.
+        sched_setaffinity(this, &one).unwrap();
+        assert_eq!(Host::here().cpus, before);
     }
 
     #[test]
