@@ -110,7 +110,10 @@ fn a_rolling_update_loses_no_request() {
         .run()
         .success();
     roll_out(&namespace);
-    assert_eq!(client.sh("wget -qO- http://web/"), "hello from release 2");
+    // Those that go are still asked until kube-proxy has heard of it.
+    eventually("the new release answers", seconds(30), || {
+        (client.sh("wget -qO- http://web/") == "hello from release 2").then_some(())
+    });
     namespace
         .kubectl(["scale", "deployment/web", "--replicas=1"])
         .run()

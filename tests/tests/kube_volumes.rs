@@ -278,7 +278,7 @@ spec:
     assert_eq!(pod.sh("df -m /cache | awk 'NR == 2 { print $2 }'"), "16");
     let about =
         "stat -fc %T /cache; stat -c '%a %g' /cache; cat /cache/from /cache/some/where/file";
-    assert_eq!(pod.sh(about), "tmpfs\n2777 1234\nhello\nmine");
+    assert_eq!(pod.sh(about), "tmpfs\n3777 1234\nhello\nmine");
     assert_eq!(pod.sh_in("part", "cat /cache/from"), "hello");
     let refused = ["sh", "-c", "echo more >>/cache/from"];
     pod.exec_command(&["-c", "part"], refused).run().failure();

@@ -229,7 +229,7 @@ spec:
     );
     assert_eq!(
         pod.get("{.spec.overhead.memory} {.spec.overhead.cpu}"),
-        "96Mi 50m"
+        "96Mi 25m"
     );
     assert_eq!(
         pod.get("{.spec.nodeSelector}"),
@@ -255,7 +255,7 @@ spec:
         .lines()
         .find(|line| line.contains("weighed"))
         .unwrap_or_else(|| panic!("the pod is not in {node}"));
-    assert!(row.contains("196Mi") && row.contains("150m"), "{row}");
+    assert!(row.contains("196Mi") && row.contains("125m"), "{row}");
 }
 
 #[test]
@@ -333,7 +333,7 @@ spec:
       terminationGracePeriodSeconds: 30
       containers:
         - name: main
-          image: postgresql
+          image: postgres
           env: [{ name: PGDATA, value: /data/pg }, { name: PGHOST, value: /tmp }]
           command: [sh, -c, '[ -e $PGDATA/PG_VERSION ] || initdb -A trust || exit 1; exec postgres -k /tmp']
           resources: { limits: { memory: 512Mi } }
