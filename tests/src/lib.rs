@@ -19,6 +19,8 @@ mod bed;
 mod cluster;
 mod command;
 mod container;
+#[cfg(test)]
+mod features;
 mod pods;
 mod terminal;
 
