@@ -155,6 +155,7 @@ async fn a_sandbox_lives_from_create_to_shutdown_whatever_its_containers_do() {
     let whole = Metrics::parse_from_bytes(&metrics.metrics.data.value).unwrap();
     assert_eq!(whole.memory.usage, 7);
 
+    let member = bed.member(&["sh", "-c", "exit 3"]);
     assert_eq!(bed.start_member(&member), bed.address());
     task.create(within(), &member).await.unwrap();
     task.start(within(), &start_of(&member.id)).await.unwrap();

@@ -171,6 +171,10 @@ impl Bed {
         let id = format!("{}-member", self.id);
         let bundle = self.dir.path().join("member");
         std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        // As CRI names the pod's namespaces: by the pid of what runs, while it does.
+        let vmm = PodState::load(&self.pod()).ok().and_then(|state| state.vmm);
+        let pid = vmm.map_or(0, |vmm| vmm.pid);
+        let namespace = |kind: &str| format!("/proc/{pid}/ns/{kind}");
         let spec = serde_json::json!({
             "ociVersion": "1.2.0",
             "process": {"user": {"uid": 0, "gid": 0}, "args": args, "cwd": "/"},
@@ -180,9 +184,9 @@ impl Bed {
                 "io.kubernetes.cri.sandbox-id": self.id,
             },
             "linux": {"namespaces": [
-                {"type": "pid", "path": "/proc/1/ns/pid"},
-                {"type": "ipc", "path": "/proc/1/ns/ipc"},
-                {"type": "network", "path": "/proc/1/ns/net"},
+                {"type": "pid", "path": namespace("pid")},
+                {"type": "ipc", "path": namespace("ipc")},
+                {"type": "network", "path": namespace("net")},
             ]}
         });
         std::fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
