@@ -3,28 +3,31 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use sepal_tests::{Bed, Container, eventually, seconds};
+use sepal_tests::{Bed, Container, Scratch, eventually, seconds};
 
-/// Two namespaces, each with two interfaces of large frames on bridges of their own.
-const WIRE: &str = r"
+/// Two namespaces below `$1`, each with two interfaces of large frames on bridges of their own, `$0` by
+/// name. (Not by `ip netns`, which leaves a mount behind.)
+const WIRE: &str = r#"
     set -e
     for net in 1 2; do
         ip link add $0$net type bridge
         ip link set $0$net mtu 9000 up
     done
     for pod in 1 2; do
-        ip netns add $0-$pod
+        touch $1/$pod
+        unshare --net=$1/$pod true
+        inside="nsenter --net=$1/$pod ip"
         for net in 1 2; do
-            ip link add $0$net$pod type veth peer name net$net netns $0-$pod
+            ip link add $0$net$pod type veth peer name net$net netns $1/$pod
             ip link set $0$net$pod mtu 9000 master $0$net up
-            ip -n $0-$pod link set net$net mtu 9000 up
-            ip -n $0-$pod address add 10.77.$net.$pod/24 dev net$net
-            ip -n $0-$pod address add fd77:$net::$pod/64 dev net$net nodad
+            $inside link set net$net mtu 9000 up
+            $inside address add 10.77.$net.$pod/24 dev net$net
+            $inside address add fd77:$net::$pod/64 dev net$net nodad
         done
-        ip -n $0-$pod link set lo up
-        ip -n $0-$pod route add 192.0.2.0/24 via 10.77.2.$((3 - pod))
-    done";
-const UNWIRE: &str = "for n in 1 2; do ip netns del $0-$n; ip link del $0$n; done";
+        $inside link set lo up
+        $inside route add 192.0.2.0/24 via 10.77.2.$((3 - pod))
+    done"#;
+const UNWIRE: &str = "for n in 1 2; do umount $1/$n; ip link del $0$n; done";
 
 /// Answers what comes on a port, over TCP and UDP and in both families.
 const ECHO: &str = r#"
@@ -73,6 +76,7 @@ print("answered")
 struct Wires<'bed> {
     bed: &'bed Bed,
     name: String,
+    scratch: Scratch<'bed>,
 }
 
 impl<'bed> Wires<'bed> {
@@ -81,15 +85,16 @@ impl<'bed> Wires<'bed> {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         // A name of an interface has 15 letters at most, and two more are added.
         let name = format!("st{}{number}", std::process::id() % 100_000);
-        let wires = Self { bed, name };
-        let wire = ["sh", "-c", WIRE, &wires.name];
+        let scratch = bed.scratch();
+        let wires = Self { bed, name, scratch };
+        let wire = ["sh", "-c", WIRE, &wires.name, wires.scratch.path()];
         bed.command(wire).run().success();
         wires
     }
 
     /// A container in one of the namespaces.
     fn start(&self, pod: u32, argv: &[&str]) -> Container<'bed> {
-        let namespace = format!("network:/var/run/netns/{}-{pod}", self.name);
+        let namespace = format!("network:{}", self.scratch.file(&pod.to_string()));
         let options = ["--with-ns", &namespace];
         self.bed
             .ctr_start(&options, &self.bed.image("python"), argv)
@@ -98,7 +103,8 @@ impl<'bed> Wires<'bed> {
 
 impl Drop for Wires<'_> {
     fn drop(&mut self) {
-        self.bed.command(["sh", "-c", UNWIRE, &self.name]).run();
+        let unwire = ["sh", "-c", UNWIRE, &self.name, self.scratch.path()];
+        self.bed.command(unwire).run();
     }
 }
 
