@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
-use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo, RootFs};
+use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
+use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo};
 use sepal_protocol::paths;
 
 use crate::cgroup::{self, Cgroup};
@@ -19,6 +19,8 @@ use crate::events::{Events, OomWatch};
 use crate::guest;
 use crate::launch::{self, Job, Kind, Launched};
 use crate::memory_volumes;
+use crate::mounts::{mount_block, mounts_of, remove_directory, share_path, unmount};
+use crate::namespaces::{join_by_fd, namespace, own_pid_namespace, pin_namespaces};
 use crate::nodes::Nodes;
 use crate::plan::{self, Facts, Plan};
 use crate::podinit::{PodInit, SharedPid};
@@ -538,132 +540,6 @@ fn start_socket() -> PathBuf {
     Path::new(START_SOCKETS).join(number.to_string())
 }
 
-fn namespace(builder: LinuxNamespaceBuilder) -> Result<LinuxNamespace> {
-    builder
-        .build()
-        .map_err(|error| Error::Invalid(error.to_string()))
-}
-
-fn join_by_fd(kind: LinuxNamespaceType, fd: i32) -> Result<LinuxNamespace> {
-    namespace(
-        LinuxNamespaceBuilder::default()
-            .typ(kind)
-            .path(format!("/proc/self/fd/{fd}")),
-    )
-}
-
-/// Opens the namespaces of a container's init that are not the guest's own.
-fn pin_namespaces(pid: i32, plan: &Plan) -> Result<Vec<(LinuxNamespaceType, OwnedFd)>> {
-    use LinuxNamespaceType as Ns;
-    let linux = plan.spec.linux().as_ref();
-    let own = linux
-        .and_then(|linux| linux.namespaces().as_deref())
-        .unwrap_or_default();
-    let mut kinds: Vec<Ns> = own.iter().map(LinuxNamespace::typ).collect();
-    if !kinds.contains(&Ns::Pid) {
-        kinds.push(Ns::Pid);
-    }
-    kinds
-        .into_iter()
-        .map(|kind| {
-            let name = match kind {
-                Ns::Mount => "mnt",
-                Ns::Network => "net",
-                Ns::Pid => "pid",
-                Ns::Uts => "uts",
-                Ns::Ipc => "ipc",
-                Ns::User => "user",
-                Ns::Cgroup => "cgroup",
-                Ns::Time => "time",
-            };
-            let file = File::open(format!("/proc/{pid}/ns/{name}"))
-                .context(|| "the container's init has died".to_owned())?;
-            Ok((kind, file.into()))
-        })
-        .collect()
-}
-
-fn own_pid_namespace(namespaces: &[(LinuxNamespaceType, OwnedFd)]) -> Option<OwnedFd> {
-    let (_, fd) = namespaces
-        .iter()
-        .find(|(kind, _)| *kind == LinuxNamespaceType::Pid)?;
-    fd.try_clone().ok()
-}
-
-/// A path below the share, given by the shim.
-fn share_path(below: &str) -> Result<PathBuf> {
-    let path = Path::new(below);
-    let plain = path
-        .components()
-        .all(|part| matches!(part, Component::Normal(_)));
-    if below.is_empty() || !plain {
-        return Err(Error::Invalid(format!(
-            "{below:?} is not a path below the share"
-        )));
-    }
-    Ok(Path::new(paths::guest::SHARE).join(path))
-}
-
-/// The container's mounts that the guest has made or that appear in the share: the root and the
-/// sources of its bind mounts.
-fn mounts_of(spec: &Spec, root: &Path, id: &str) -> Vec<PathBuf> {
-    let own = Path::new(paths::guest::SHARE).join(id);
-    let sources = spec
-        .mounts()
-        .iter()
-        .flatten()
-        .filter_map(|mount| mount.source().clone());
-    let mut mounts: Vec<PathBuf> = sources.filter(|source| source.starts_with(&own)).collect();
-    mounts.push(root.to_path_buf());
-    mounts
-}
-
-/// Lets go of mounts, so that the host can release what is behind them.
-async fn unmount(with: &Surroundings, mounts: &[PathBuf]) {
-    let done = launch::aside(&with.reaper, "cannot unmount", || {
-        use nix::mount::{MntFlags, umount2};
-        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
-        for path in mounts {
-            // Not every one of them is a mount of its own.
-            let _ = umount2(path, flags);
-        }
-        Ok(())
-    });
-    if let Err(error) = done.await {
-        tracing::warn!(%error, "a container's mounts are not all gone");
-    }
-}
-
-/// Removes a container's directory, after its mounts: what is still mounted in it is not ours to remove.
-fn remove_directory(directory: &Path, mounts: &[PathBuf]) {
-    for point in mounts.iter().filter(|point| point.starts_with(directory)) {
-        let Ok(about) = fs::symlink_metadata(point) else {
-            continue;
-        };
-        let removed = if about.is_dir() {
-            fs::remove_dir(point)
-        } else {
-            fs::remove_file(point)
-        };
-        if let Err(error) = removed {
-            tracing::warn!(?point, %error, "a container's directory stays");
-            return;
-        }
-    }
-    let _ = fs::remove_dir_all(directory);
-}
-
-/// Mounts a root file system that comes as a block device.
-async fn mount_block(with: &Surroundings, rootfs: &RootFs, target: &Path) -> Result<()> {
-    let device = guest::block_device(&rootfs.block_serial).await?;
-    fs::create_dir_all(target).context(|| format!("cannot make {target:?}"))?;
-    let (fs_type, options) = (rootfs.fs_type.clone(), rootfs.options.clone());
-    launch::aside(&with.reaper, "cannot mount the root file system", || {
-        guest::mount_device(&device, target, &fs_type, &options)
-    })
-    .await
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -682,33 +558,6 @@ mod tests {
             &"x".repeat(201),
         ] {
             assert!(check_id(id).is_err(), "{id}");
-        }
-    }
-
-    #[test]
-    fn what_is_still_mounted_in_a_containers_directory_is_not_removed_with_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let own = dir.path().join("c1");
-        let volume = own.join("memory/0");
-        fs::create_dir_all(&volume).unwrap();
-        // A file in it is what a mount that is still there looks like.
-        fs::write(volume.join("file"), "precious").unwrap();
-        let mounts = [PathBuf::from("/run/sepal/share/c1/rootfs"), volume.clone()];
-        remove_directory(&own, &mounts);
-        assert_eq!(fs::read(volume.join("file")).unwrap(), b"precious");
-        fs::remove_file(volume.join("file")).unwrap();
-        remove_directory(&own, &mounts);
-        assert!(!own.exists());
-    }
-
-    #[test]
-    fn roots_stay_in_the_share() {
-        assert_eq!(
-            share_path("c1/rootfs").unwrap(),
-            Path::new("/run/sepal/share/c1/rootfs")
-        );
-        for path in ["", "/etc", "../etc", "a/../../etc"] {
-            assert!(share_path(path).is_err(), "{path}");
         }
     }
 }

@@ -17,6 +17,8 @@ pub mod launch;
 pub mod limits;
 pub mod log;
 pub mod memory_volumes;
+mod mounts;
+mod namespaces;
 pub mod network;
 pub mod nodes;
 pub mod payload;

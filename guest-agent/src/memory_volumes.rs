@@ -8,19 +8,17 @@
 //! made: no link in it is followed.
 
 use std::ffi::OsStr;
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
-use nix::fcntl::AtFlags;
 use nix::mount::{MsFlags, mount};
 use nix::sys::stat::{Mode, mkdirat};
-use nix::unistd::{Gid, Uid, fchownat};
 use sepal_protocol::agent::{MemoryVolume, VolumeFile};
 use sepal_protocol::paths::guest as paths;
 
@@ -29,9 +27,7 @@ use crate::error::{Error, Result};
 use crate::launch;
 use crate::reaper::Reaper;
 use crate::sys;
-
-/// The bits of st_mode that chmod(2) sets.
-const PERMISSIONS: u32 = 0o7777;
+use crate::volumes::{PERMISSIONS, mount_once, proc_path, set_attributes};
 
 /// Makes what a container in `directory` wants of volumes, and answers where it has been mounted. The
 /// caller unmounts it, also after an error.
@@ -96,33 +92,23 @@ fn attach(volume: &MemoryVolume, place: &Path, target: &Path) -> io::Result<()> 
     } else {
         File::create(target)?;
     }
-    let source = format!("/proc/self/fd/{}", seen.as_raw_fd());
-    let none = None::<&str>;
-    mount(Some(source.as_str()), target, none, MsFlags::MS_BIND, none)?;
+    let (source, none) = (proc_path(seen.as_fd()), None::<&str>);
+    mount(Some(&source), target, none, MsFlags::MS_BIND, none)?;
     Ok(())
 }
 
 /// The root of a volume, which the first container makes.
 fn make(volume: &MemoryVolume, path: &Path) -> io::Result<OwnedFd> {
-    match fs::create_dir_all(path.parent().unwrap_or(path)).and_then(|()| fs::create_dir(path)) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        made => {
-            made?;
-            let mut options = String::new();
-            if let Some(root) = volume.directories.first() {
-                let (mode, uid, gid) = (root.mode & PERMISSIONS, root.uid, root.gid);
-                options = format!("mode={mode:o},uid={uid},gid={gid}");
-            }
-            if volume.size > 0 {
-                options += &format!(",size={}", volume.size);
-            }
-            let (name, kind) = (Some("memory"), Some("tmpfs"));
-            if let Err(error) = mount(name, path, kind, MsFlags::empty(), Some(&*options)) {
-                let _ = fs::remove_dir(path);
-                return Err(error.into());
-            }
-        }
+    let mut options = String::new();
+    if let Some(root) = volume.directories.first() {
+        let (mode, uid, gid) = (root.mode & PERMISSIONS, root.uid, root.gid);
+        options = format!("mode={mode:o},uid={uid},gid={gid}");
     }
+    if volume.size > 0 {
+        options += &format!(",size={}", volume.size);
+    }
+    fs::create_dir_all(path.parent().unwrap_or(path))?;
+    mount_once(path, "memory", MsFlags::empty(), &options)?;
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
     Ok(File::options()
         .read(true)
@@ -140,12 +126,7 @@ fn descend(above: BorrowedFd<'_>, directory: &VolumeFile) -> io::Result<OwnedFd>
     };
     let opened = sys::open_without_links(above, name, libc::O_PATH)?;
     if made {
-        let (uid, gid) = (Uid::from_raw(directory.uid), Gid::from_raw(directory.gid));
-        let itself = AtFlags::AT_EMPTY_PATH;
-        fchownat(&opened, c"", Some(uid), Some(gid), itself)?;
-        // fchmod(2) takes no such descriptor.
-        let path = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
-        fs::set_permissions(path, Permissions::from_mode(directory.mode & PERMISSIONS))?;
+        set_attributes(opened.as_fd(), directory)?;
     }
     Ok(opened)
 }

@@ -40,7 +40,7 @@ const DATA: &str = "..data";
 /// A link before it takes another's place.
 const NEW_LINK: &str = "..data_tmp";
 /// The bits of st_mode that chmod(2) sets.
-const PERMISSIONS: u32 = 0o7777;
+pub(crate) const PERMISSIONS: u32 = 0o7777;
 
 /// The pod's copies.
 #[derive(Debug, Default)]
@@ -62,28 +62,23 @@ impl Volumes {
         let what = "cannot write the guest's copy of a volume";
         launch::aside(reaper, what, || {
             let all = Path::new(paths::VOLUMES);
-            make_place(all).map_err(|error| format!("{all:?}: {error}"))?;
+            // Programs of a ConfigMap are run.
+            let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+            mount_once(all, "volumes", flags, "mode=755")
+                .map_err(|error| format!("{all:?}: {error}"))?;
             write(&all.join(&request.volume_id), request)
         })
         .await
     }
 }
 
-/// A file system of its own, made with the first copy.
-fn make_place(path: &Path) -> io::Result<()> {
+/// Mounts a tmpfs on a directory of its own, unless that is there already.
+pub(crate) fn mount_once(path: &Path, name: &str, flags: MsFlags, options: &str) -> io::Result<()> {
     match fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
         made => made?,
     }
-    // Programs of a ConfigMap are run.
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    let mounted = mount(
-        Some("volumes"),
-        path,
-        Some("tmpfs"),
-        flags,
-        Some("mode=755"),
-    );
+    let mounted = mount(Some(name), path, Some("tmpfs"), flags, Some(options));
     if mounted.is_err() {
         let _ = fs::remove_dir(path);
     }
@@ -265,19 +260,8 @@ impl Place {
         fstatat(&self.above, self.name.as_os_str(), no_link)
     }
 
-    /// Owner and permissions, where they differ: each change is an event.
     fn set_attributes(&self, file: &VolumeFile) -> io::Result<()> {
-        let handle = self.handle()?;
-        let stat = fstat(&handle)?;
-        if (stat.st_uid, stat.st_gid) != (file.uid, file.gid) {
-            own(handle.as_fd(), "", file)?;
-        }
-        // After the owner, which takes set-user-ID away.
-        if fstat(&handle)?.st_mode & PERMISSIONS != file.mode & PERMISSIONS {
-            let mode = fs::Permissions::from_mode(file.mode & PERMISSIONS);
-            fs::set_permissions(proc_path(handle.as_fd()), mode)?;
-        }
-        Ok(())
+        set_attributes(self.handle()?.as_fd(), file)
     }
 
     /// The file itself, not opened: nobody who watches it is told.
@@ -285,6 +269,20 @@ impl Place {
         let flags = libc::O_PATH | libc::O_NOFOLLOW;
         sys::open_without_links(self.above.as_fd(), Path::new(&self.name), flags)
     }
+}
+
+/// Owner and permissions of a file that need not be open, where they differ: each change is an event.
+pub(crate) fn set_attributes(handle: BorrowedFd<'_>, file: &VolumeFile) -> io::Result<()> {
+    let stat = fstat(handle)?;
+    if (stat.st_uid, stat.st_gid) != (file.uid, file.gid) {
+        own(handle, "", file)?;
+    }
+    // After the owner, which takes set-user-ID away.
+    if fstat(handle)?.st_mode & PERMISSIONS != file.mode & PERMISSIONS {
+        let mode = fs::Permissions::from_mode(file.mode & PERMISSIONS);
+        fs::set_permissions(proc_path(handle), mode)?;
+    }
+    Ok(())
 }
 
 /// Sets the owner of a name in a directory, or without a name of the descriptor's file.
@@ -299,7 +297,7 @@ fn own<P: ?Sized + nix::NixPath>(
 }
 
 /// What a descriptor of this process is called.
-fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
+pub(crate) fn proc_path(fd: BorrowedFd<'_>) -> PathBuf {
     format!("/proc/self/fd/{}", fd.as_raw_fd()).into()
 }
 
