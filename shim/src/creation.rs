@@ -63,9 +63,10 @@ impl Pod {
         let linux = spec.linux().as_ref();
         let limits = Limits::of(linux.and_then(|linux| linux.resources().as_ref()));
         let kept = |volume: &Path, options: &BindOptions| {
-            let copy = || options.is_only_read().then(|| self.mirrors.take(volume))?;
-            let memory = memory_volumes::of(volume).map(Kept::Memory);
-            memory.or_else(|| copy().map(Kept::Copy))
+            // What the kubelet writes lies on a tmpfs, too: told by one look, and not by all mounts.
+            let copy = options.is_only_read().then(|| self.mirrors.take(volume));
+            let copy = copy.flatten().map(Kept::Copy);
+            copy.or_else(|| memory_volumes::of(volume).map(Kept::Memory))
         };
         let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &kept);
         let created = match plan {
