@@ -5,7 +5,7 @@
 //! memory is the host's at once ([`super::discard`]).
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use nix::sys::epoll::EpollFlags;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MemoryRegionAddress};
@@ -18,6 +18,7 @@ use super::device::{
 use super::discard::{cut, punch};
 use super::error::{Complaints, DeviceError};
 use super::features;
+use super::locked;
 use super::ring::{Chain, Ring};
 use super::worker::{Handler, Next, Waits, Worker};
 
@@ -96,10 +97,6 @@ impl Control {
         let _ = self.ask.write(1);
         locked(&self.stats).clone()
     }
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The device.

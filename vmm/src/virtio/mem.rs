@@ -5,7 +5,7 @@
 //! is the host's at once ([`super::discard`]). The device is plugged when memory is first added: a VM
 //! that never grows has none.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use nix::sys::epoll::EpollFlags;
 use vm_memory::GuestMemoryMmap;
@@ -15,6 +15,7 @@ use super::device::{ActivateError, Activation, DeviceType, Interrupt, VirtioDevi
 use super::discard::cut;
 use super::error::{Complaints, DeviceError};
 use super::features;
+use super::locked;
 use super::ring::Ring;
 use super::worker::{Handler, Next, Waits, Worker};
 
@@ -106,10 +107,6 @@ pub struct Control {
     region: u64,
     sizes: Mutex<Sizes>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
-}
-
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Control {

@@ -26,6 +26,13 @@ pub mod sys;
 pub mod vsock;
 pub mod worker;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Locks what is whole after each statement, also of a thread that has panicked.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 #[cfg(test)]
 mod balloon_test;
 #[cfg(test)]
