@@ -152,6 +152,17 @@ impl Namespace<'_> {
         pod.logs(&[])
     }
 
+    /// Waits so many seconds until all of a Deployment, StatefulSet or DaemonSet (`deployment/web`) is
+    /// there as it is described.
+    #[track_caller]
+    pub fn roll_out(&self, object: &str, limit: u64) {
+        let timeout = format!("--timeout={limit}s");
+        self.kubectl(["rollout", "status", object, &timeout])
+            .patience(seconds(limit + 20))
+            .run()
+            .success();
+    }
+
     /// A pod of it, by name.
     pub fn pod(&self, name: &str) -> Pod<'_> {
         Pod {
@@ -329,6 +340,23 @@ impl Pod<'_> {
             .args(options)
             .run()
             .success()
+    }
+
+    /// Deletes it, and waits until there is another of its name, ready or not.
+    #[track_caller]
+    pub fn replace(&self) {
+        let uid = "jsonpath={.metadata.uid}";
+        let uid = || {
+            self.namespace
+                .kubectl(["get", "pod", &self.name, "-o", uid])
+                .run()
+        };
+        let before = uid().success().out();
+        self.delete(&[]);
+        eventually("it is made anew", seconds(60), || {
+            let now = uid();
+            (now.ok() && now.out() != before).then_some(())
+        });
     }
 
     /// Its events' reasons and messages.

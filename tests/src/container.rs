@@ -192,19 +192,19 @@ impl Container<'_> {
             .run()
     }
 
+    /// The words of its line in containerd's list of tasks: its id, a pid, a status.
+    fn listed(&self) -> Option<Vec<String>> {
+        let id = self.full_id();
+        let list = self.bed.command(["ctr", "task", "list"]).run().success();
+        let list = list.out();
+        let mut tasks = list.lines().map(|line| line.split_whitespace());
+        let task = tasks.find(|words| words.clone().next() == Some(&id));
+        task.map(|words| words.map(String::from).collect())
+    }
+
     /// containerd's word for what its task does (`RUNNING`, `STOPPED`, …); `None` without a task.
     pub fn status(&self) -> Option<String> {
-        let id = self.full_id();
-        let list = self
-            .bed
-            .command(["ctr", "task", "list"])
-            .run()
-            .success()
-            .out();
-        list.lines().find_map(|line| {
-            let mut words = line.split_whitespace();
-            (words.next() == Some(&id)).then(|| words.last().unwrap_or_default().to_owned())
-        })
+        self.listed()?.pop()
     }
 
     /// The pid on the host that containerd knows its task by.
@@ -213,13 +213,11 @@ impl Container<'_> {
     /// When it has no task.
     #[track_caller]
     pub fn task_pid(&self) -> u32 {
-        let id = self.full_id();
-        let list = self.bed.command(["ctr", "task", "list"]).run().success();
-        let list = list.out();
-        let mut tasks = list.lines().map(|line| line.split_whitespace());
-        let pid = tasks.find_map(|mut words| (words.next() == Some(&id)).then(|| words.next()));
-        let pid = pid.flatten().and_then(|pid| pid.parse().ok());
-        pid.unwrap_or_else(|| panic!("no task of {id} in:\n{list}"))
+        let task = self
+            .listed()
+            .unwrap_or_else(|| panic!("no task of {}", self.id));
+        let pid = task.get(1).and_then(|pid| pid.parse().ok());
+        pid.unwrap_or_else(|| panic!("no pid in {task:?}"))
     }
 
     /// A field of `nerdctl inspect`.

@@ -1,6 +1,6 @@
 //! Names, addresses and Services.
 
-use sepal_tests::{Cluster, Namespace, eventually, seconds};
+use sepal_tests::{Cluster, eventually, seconds};
 
 /// Three nginx behind a Service, and a pod that asks them.
 const WEB: &str = r#"
@@ -37,21 +37,13 @@ spec:
   containers: [{ name: main, image: busybox, command: [sleep, "10000"] }]
 "#;
 
-fn roll_out(namespace: &Namespace) {
-    namespace
-        .kubectl(["rollout", "status", "deployment/web", "--timeout=180s"])
-        .patience(seconds(200))
-        .run()
-        .success();
-}
-
 #[test]
 #[ignore = "needs a cluster: tests/kube/run"]
 fn a_service_is_found_by_its_name_and_spreads_over_its_pods() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace();
     let client = namespace.start("client", WEB);
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     assert_eq!(client.sh("wget -qO- http://web/"), "hello from sepal");
     let full = format!(
         "wget -qO- http://web.{}.svc.cluster.local./",
@@ -72,7 +64,7 @@ fn a_service_is_found_by_its_name_and_spreads_over_its_pods() {
         .kubectl(["scale", "deployment/web", "--replicas=1"])
         .run()
         .success();
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     let left = eventually("one pod is left", seconds(60), || {
         let pods = namespace.get(
             "pods",
@@ -98,7 +90,7 @@ fn a_rolling_update_loses_no_request() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace();
     let client = namespace.start("client", WEB);
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     // Asks until it is told to stop, and counts.
     let line = "while [ ! -e /stop ]; do wget -T 5 -qO- http://web/ >>/answers || echo lost >>/answers; sleep 0.05; done";
     let mut asking = client
@@ -109,7 +101,7 @@ fn a_rolling_update_loses_no_request() {
         .kubectl(["set", "image", "deployment/web", "nginx=nginx:2"])
         .run()
         .success();
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     // Those that go are still asked until kube-proxy has heard of it.
     eventually("the new release answers", seconds(30), || {
         (client.sh("wget -qO- http://web/") == "hello from release 2").then_some(())
@@ -118,7 +110,7 @@ fn a_rolling_update_loses_no_request() {
         .kubectl(["scale", "deployment/web", "--replicas=1"])
         .run()
         .success();
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     client.sh("touch /stop");
     asking.wait();
     let answers = client.sh("sort /answers | uniq -c");
@@ -136,7 +128,7 @@ fn a_release_that_does_not_start_is_taken_back() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace();
     let client = namespace.start("client", WEB);
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     namespace
         .kubectl(["set", "image", "deployment/web", "nginx=nginx:broken"])
         .run()
@@ -150,7 +142,7 @@ fn a_release_that_does_not_start_is_taken_back() {
         .kubectl(["rollout", "undo", "deployment/web"])
         .run()
         .success();
-    roll_out(&namespace);
+    namespace.roll_out("deployment/web", 180);
     assert_eq!(client.sh("wget -qO- http://web/"), "hello from sepal");
 }
 

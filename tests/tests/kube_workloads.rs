@@ -149,23 +149,12 @@ spec:
           readinessProbe: { exec: { command: [redis-cli, ping] }, periodSeconds: 1, timeoutSeconds: 5 }
 "#,
     );
-    namespace
-        .kubectl(["rollout", "status", "statefulset/db", "--timeout=180s"])
-        .patience(seconds(200))
-        .run()
-        .success();
+    namespace.roll_out("statefulset/db", 180);
     let first = namespace.pod("db-0");
     let second = namespace.pod("db-1");
     assert_eq!(first.sh("redis-cli -h db-1.db set greeting hello"), "OK");
     assert_eq!(second.sh("redis-cli get greeting"), "hello");
-    let before = second.get("{.metadata.uid}");
-    second.delete(&[]);
-    eventually("it is made anew", seconds(60), || {
-        let now = namespace
-            .kubectl(["get", "pod", "db-1", "-o", "jsonpath={.metadata.uid}"])
-            .run();
-        (now.ok() && now.out() != before).then_some(())
-    });
+    second.replace();
     second.wait_ready();
     eventually("its name leads to it", seconds(60), || {
         (first.exec(["redis-cli", "-h", "db-1.db", "dbsize"]).out() == "0").then_some(())
@@ -192,10 +181,7 @@ spec:
       containers: [{ name: main, image: busybox, command: [sleep, "1000"] }]
 "#,
     );
-    namespace
-        .kubectl(["rollout", "status", "daemonset/agent", "--timeout=120s"])
-        .run()
-        .success();
+    namespace.roll_out("daemonset/agent", 120);
     assert_eq!(
         namespace.get("daemonset/agent", "{.status.numberReady}"),
         "1"
@@ -348,29 +334,13 @@ spec:
 "#;
     let manifest = manifest.replace("NAME", namespace.name());
     namespace.apply(&manifest.replace("SCRATCH", scratch.path()));
-    let roll_out = || {
-        let status = [
-            "rollout",
-            "status",
-            "statefulset/postgres",
-            "--timeout=240s",
-        ];
-        let status = namespace.kubectl(status).patience(seconds(260));
-        status.run().success();
-    };
-    roll_out();
+    namespace.roll_out("statefulset/postgres", 240);
     let pod = namespace.pod("postgres-0");
     pod.sh("pgbench -q -i -s 1 postgres && pgbench -n -t 200 postgres");
     let count = "psql -At -c 'select count(*) from pgbench_history' postgres";
     assert_eq!(pod.sh(count), "200");
-    let uid = pod.get("{.metadata.uid}");
-    pod.delete(&[]);
-    eventually("it is made anew", seconds(60), || {
-        let get = ["get", "pod", "postgres-0", "-o", "jsonpath={.metadata.uid}"];
-        let now = namespace.kubectl(get).run();
-        (now.ok() && now.out() != uid).then_some(())
-    });
-    roll_out();
+    pod.replace();
+    namespace.roll_out("statefulset/postgres", 240);
     assert_eq!(pod.sh(count), "200");
     namespace
         .kubectl(["delete", "statefulset/postgres", "--wait"])

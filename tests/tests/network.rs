@@ -99,6 +99,16 @@ impl<'bed> Wires<'bed> {
         self.bed
             .ctr_start(&options, &self.bed.image("python"), argv)
     }
+
+    /// A server that listens in the first, and a client in the second.
+    fn start_both(&self) -> (Container<'bed>, Container<'bed>) {
+        let server = self.start(1, &["python3", "-c", ECHO]);
+        let client = self.start(2, &["sleep", "1000"]);
+        eventually("the server listens", seconds(60), || {
+            server.exec(["test", "-e", "/tmp/ready"]).ok().then_some(())
+        });
+        (server, client)
+    }
 }
 
 impl Drop for Wires<'_> {
@@ -113,11 +123,7 @@ impl Drop for Wires<'_> {
 fn several_interfaces_of_both_families_carry_large_frames() {
     let bed = Bed::get();
     let wires = Wires::new(&bed);
-    let server = wires.start(1, &["python3", "-c", ECHO]);
-    let client = wires.start(2, &["sleep", "1000"]);
-    eventually("the server listens", seconds(60), || {
-        server.exec(["test", "-e", "/tmp/ready"]).ok().then_some(())
-    });
+    let (_server, client) = wires.start_both();
     for net in ["net1", "net2"] {
         let mtu = format!("/sys/class/net/{net}/mtu");
         assert_eq!(client.exec(["cat", &mtu]).success().out(), "9000");
@@ -139,11 +145,7 @@ fn several_interfaces_of_both_families_carry_large_frames() {
 fn a_firewall_at_the_hosts_end_of_the_wire_holds() {
     let bed = Bed::get();
     let wires = Wires::new(&bed);
-    let server = wires.start(1, &["python3", "-c", ECHO]);
-    let client = wires.start(2, &["sleep", "1000"]);
-    eventually("the server listens", seconds(60), || {
-        server.exec(["test", "-e", "/tmp/ready"]).ok().then_some(())
-    });
+    let (_server, client) = wires.start_both();
     let dial = "import socket, sys; socket.create_connection((sys.argv[1], 7), 3)";
     let dial = |host: &'static str| client.exec(["python3", "-c", dial, host]);
     dial("10.77.1.1").success();
