@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
@@ -19,6 +19,7 @@ use virtiofsd::oslib::ReadvFlags;
 use virtiofsd::passthrough::PassthroughFs;
 use virtiofsd::soft_idmap::Id;
 
+use crate::unchanged::Unchanged;
 use crate::unnamed::{UnnamedFiles, attributes, change, is_ours};
 use crate::volumes::Volumes;
 
@@ -33,6 +34,7 @@ struct Both {
     fs: PassthroughFs,
     unnamed: UnnamedFiles,
     volumes: Volumes,
+    unchanged: Unchanged,
     timeout: Duration,
 }
 
@@ -51,6 +53,7 @@ impl Files {
             fs,
             unnamed: UnnamedFiles::new(proc, most),
             volumes,
+            unchanged: Unchanged::default(),
             timeout,
         }))
     }
@@ -96,6 +99,21 @@ impl Files {
         } else {
             (attr, timeout)
         }
+    }
+
+    /// Whether the guest may keep what it has of a file's data that it has opened. Not in a volume: what
+    /// is written there through a mapping on the host changes no time of the file at once.
+    fn keeps_data(&self, ctx: Context, inode: Ino, handle: Option<Handle>) -> bool {
+        let Both {
+            fs,
+            volumes,
+            unchanged,
+            ..
+        } = &*self.0;
+        !volumes.contain(inode)
+            && fs
+                .getattr(ctx, inode, handle)
+                .is_ok_and(|(attr, _)| unchanged.opened(inode, &attr, SystemTime::now()))
     }
 
     /// A directory of virtiofsd's as a descriptor. It keeps those to itself, but reads from a file
@@ -145,12 +163,14 @@ impl FileSystem for Files {
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.0.unnamed.clear();
         self.0.volumes.clear();
+        self.0.unchanged.clear();
         self.0.fs.init(capable)
     }
 
     fn destroy(&self) {
         self.0.unnamed.clear();
         self.0.volumes.clear();
+        self.0.unchanged.clear();
         self.0.fs.destroy();
     }
 
@@ -166,6 +186,7 @@ impl FileSystem for Files {
             self.0.unnamed.remove(inode);
         } else {
             self.0.volumes.forget(inode, count);
+            self.0.unchanged.forget(inode);
             self.0.fs.forget(ctx, inode, count);
         }
     }
@@ -178,6 +199,7 @@ impl FileSystem for Files {
         }
         for (inode, count) in &theirs {
             self.0.volumes.forget(*inode, *count);
+            self.0.unchanged.forget(*inode);
         }
         self.0.fs.batch_forget(ctx, theirs);
     }
@@ -311,7 +333,11 @@ impl FileSystem for Files {
         flags: u32,
     ) -> io::Result<(Option<Handle>, OpenOptions)> {
         if !is_ours(inode) {
-            return self.0.fs.open(ctx, inode, kill_priv, flags);
+            let (handle, mut options) = self.0.fs.open(ctx, inode, kill_priv, flags)?;
+            if self.keeps_data(ctx, inode, handle) {
+                options |= OpenOptions::KEEP_CACHE;
+            }
+            return Ok((handle, options));
         }
         Ok((
             Some(self.0.unnamed.open(inode, flags)?),

@@ -19,6 +19,7 @@ mod pressure;
 mod serve;
 mod share;
 mod sys;
+mod unchanged;
 mod unnamed;
 mod volumes;
 mod workers;

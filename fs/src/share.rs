@@ -21,7 +21,7 @@ const UNNAMED_SHARE: u64 = 64;
 const LEAST_DESCRIPTORS: u64 = 512;
 /// How long the guest trusts a name or attributes before it asks again; in volumes it asks each time
 /// ([`crate::volumes`]). Data is not covered by it: with [`CachePolicy::Auto`] the guest drops cached
-/// data at each open when the file has changed.
+/// data at each open, unless it is told that the file is as it was ([`crate::unchanged`]).
 const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Raises the limit of open descriptors to what the kernel allows at most, or, without the

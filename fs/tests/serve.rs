@@ -184,6 +184,31 @@ fn what_is_in_a_volume_is_asked_for_each_time() {
 }
 
 #[test]
+fn data_of_a_file_hold_until_it_is_changed_but_in_volumes_never() {
+    let share = Share::new();
+    std::fs::create_dir_all(share.path().join("box/mounts/0")).unwrap();
+    let volume = share.mount_tmpfs("box/mounts/0/volume");
+    let (own, shared) = (share.writable().join("program"), volume.join("file"));
+    for path in [&own, &shared] {
+        std::fs::write(path, "as it was").unwrap();
+    }
+    // Files that have just changed are not trusted.
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    let program = guest.lookup(guest.top, "program").unwrap().node;
+    let file = ["box", "mounts", "0", "volume", "file"]
+        .iter()
+        .fold(ROOT, |node, name| guest.lookup(node, name).unwrap().node);
+    let mut holds = |node| guest.open_and_ask(node, libc::O_RDONLY).unwrap().1;
+
+    assert!(!holds(program) && holds(program) && holds(program));
+    assert!(!holds(file) && !holds(file));
+    std::fs::write(&own, "otherwise").unwrap();
+    assert!(!holds(program));
+}
+
+#[test]
 fn nothing_outside_the_share_can_be_reached() {
     let share = Share::new();
     let server = start(&share.path());

@@ -482,8 +482,13 @@ impl Guest {
     }
 
     pub fn open(&mut self, node: u64, flags: i32) -> Result<u64, i32> {
+        self.open_and_ask(node, flags).map(|(handle, _)| handle)
+    }
+
+    /// Opens; answers also whether what the guest has of the data still holds (FOPEN_KEEP_CACHE).
+    pub fn open_and_ask(&mut self, node: u64, flags: i32) -> Result<(u64, bool), i32> {
         self.call(OPEN, node, &words(&[flags as u32, 0]), 16)
-            .map(|r| u64_at(&r, 0))
+            .map(|r| (u64_at(&r, 0), u32_at(&r, 8) & 2 != 0))
     }
 
     pub fn write(&mut self, node: u64, handle: u64, offset: u64, data: &[u8]) -> Result<u32, i32> {
