@@ -60,7 +60,7 @@ test-kubernetes: build
 
 ## bench: start-up, memory, file and network figures side by side with runc; writes JSON
 bench: build
-	tests/bench
+	tests/bench/run
 
 clean:
 	cargo clean
