@@ -10,6 +10,8 @@ use sepal_protocol::agent::{GuestInfoResponse, InterfaceStats};
 use crate::error::{Context, Error, Result};
 
 const CPUS: &str = "/sys/devices/system/cpu";
+/// How many huge pages of 2 MiB the kernel keeps for programs that ask for such.
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 /// How long a hot-plugged disk may take to appear.
 const DISK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of the serial number that a virtio-blk device reports (virtio 1.2, 5.2.6).
@@ -68,6 +70,21 @@ pub fn set_cpus(wanted: u32) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Has the kernel keep so many huge pages. What it cannot put together it leaves out.
+///
+/// # Errors
+/// When it keeps none at all, whatever it has.
+pub fn keep_huge_pages(count: u64) -> Result<()> {
+    fs::write(HUGE_PAGES, count.to_string()).context(|| "cannot keep huge pages".into())
+}
+
+/// How many it keeps.
+#[must_use]
+pub fn huge_pages() -> u64 {
+    let count = fs::read_to_string(HUGE_PAGES).unwrap_or_default();
+    count.trim().parse().unwrap_or(0)
 }
 
 fn count_of(file: &str) -> u32 {

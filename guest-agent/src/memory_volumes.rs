@@ -1,4 +1,4 @@
-//! Volumes that are the guest's memory: emptyDir with `medium: Memory`.
+//! Volumes that are the guest's memory: emptyDir with `medium: Memory`, or with `medium: HugePages`.
 //!
 //! What containers of one pod share in such a volume is counted where it is used, in the guest, and no
 //! page of it goes through the file server. The host's own tmpfs of the volume stays empty; only its
@@ -107,8 +107,14 @@ fn make(volume: &MemoryVolume, path: &Path) -> io::Result<OwnedFd> {
     if volume.size > 0 {
         options += &format!(",size={}", volume.size);
     }
+    let kind = if volume.huge_page > 0 {
+        options += &format!(",pagesize={}", volume.huge_page);
+        "hugetlbfs"
+    } else {
+        "tmpfs"
+    };
     fs::create_dir_all(path.parent().unwrap_or(path))?;
-    mount_once(path, "memory", MsFlags::empty(), &options)?;
+    mount_once(path, kind, "memory", MsFlags::empty(), &options)?;
     let flags = libc::O_PATH | libc::O_DIRECTORY | libc::O_NOFOLLOW;
     Ok(File::options()
         .read(true)

@@ -12,7 +12,7 @@ use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::{Process as OciProcess, Spec};
 use sepal_protocol::agent::{
     Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest,
-    GuestInfoResponse, Network, ProcessCreated, ProcessExit, ProcessId, ProcessList,
+    GuestInfoResponse, HugePages, Network, ProcessCreated, ProcessExit, ProcessId, ProcessList,
     ResizeGuestRequest, ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats,
     UpdateContainerRequest, WriteVolumeRequest,
 };
@@ -503,6 +503,19 @@ impl Agent for Service {
         })
         .await?;
         Ok(guest::info())
+    }
+
+    async fn keep_huge_pages(&self, _: &TtrpcContext, request: HugePages) -> Answer<HugePages> {
+        // The kernel moves other pages out of the way.
+        let failed = "cannot keep huge pages";
+        launch::aside(&self.with.reaper, failed, || {
+            guest::keep_huge_pages(request.count).map_err(|error| error.to_string())
+        })
+        .await?;
+        Ok(HugePages {
+            count: guest::huge_pages(),
+            ..Default::default()
+        })
     }
 
     async fn debug_exec(

@@ -64,7 +64,7 @@ impl Volumes {
             let all = Path::new(paths::VOLUMES);
             // Programs of a ConfigMap are run.
             let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-            mount_once(all, "volumes", flags, "mode=755")
+            mount_once(all, "tmpfs", "volumes", flags, "mode=755")
                 .map_err(|error| format!("{all:?}: {error}"))?;
             write(&all.join(&request.volume_id), request)
         })
@@ -72,13 +72,20 @@ impl Volumes {
     }
 }
 
-/// Mounts a tmpfs on a directory of its own, unless that is there already.
-pub(crate) fn mount_once(path: &Path, name: &str, flags: MsFlags, options: &str) -> io::Result<()> {
+/// Mounts a tmpfs, or another file system that is memory, on a directory of its own, unless that is there
+/// already.
+pub(crate) fn mount_once(
+    path: &Path,
+    kind: &str,
+    name: &str,
+    flags: MsFlags,
+    options: &str,
+) -> io::Result<()> {
     match fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
         made => made?,
     }
-    let mounted = mount(Some(name), path, Some("tmpfs"), flags, Some(options));
+    let mounted = mount(Some(name), path, Some(kind), flags, Some(options));
     if mounted.is_err() {
         let _ = fs::remove_dir(path);
     }

@@ -50,6 +50,11 @@ pub enum Request {
         /// Bytes, a multiple of 2 MiB.
         size: u64,
     },
+    /// The same with memory that is huge pages of the host.
+    PlugHugePages {
+        /// Bytes, a multiple of 2 MiB.
+        size: u64,
+    },
     /// Make vCPUs until there are this many, for the guest to bring online. None is taken away: one
     /// that the guest has brought offline costs nothing.
     AddCpus {
@@ -107,6 +112,10 @@ pub struct VmState {
     pub plugged: u64,
     /// Most bytes that it may have plugged.
     pub pluggable: u64,
+    /// Bytes that it has plugged of huge pages, which are in none of the others.
+    pub huge_plugged: u64,
+    /// Most bytes that it may have plugged of these.
+    pub huge_pluggable: u64,
     /// Bytes that the balloon holds.
     pub balloon: u64,
     /// Ids of hot-pluggable devices.

@@ -84,6 +84,10 @@ pub struct MemorySpec {
     /// Back it by huge pages of the host.
     #[serde(default)]
     pub hugepages: bool,
+    /// Bytes of the host's huge pages of 2 MiB that may be added for programs which ask for such; absent:
+    /// none.
+    #[serde(default)]
+    pub max_huge: u64,
     /// Let the host merge equal pages. Off unless asked: it opens side channels between pods.
     #[serde(default)]
     pub mergeable: bool,

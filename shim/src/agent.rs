@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use sepal_protocol::agent::{
     Clock, ContainerId, CreateContainerRequest, Empty, Event, ExecProcessRequest,
-    GuestInfoResponse, Network, ProcessCreated, ProcessExit, ProcessId, ResizeGuestRequest,
-    ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats, UpdateContainerRequest,
-    WriteVolumeRequest,
+    GuestInfoResponse, HugePages, Network, ProcessCreated, ProcessExit, ProcessId,
+    ResizeGuestRequest, ResizeTerminalRequest, SetUpPodRequest, SignalProcessRequest, Stats,
+    UpdateContainerRequest, WriteVolumeRequest,
 };
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::ready::{AgentReady, MAX_LINE};
@@ -281,6 +281,7 @@ impl Agent {
         update_container(UpdateContainerRequest) -> Empty, Limit::Long;
         /// Brings CPUs online or offline; answers with what the guest has then.
         resize_guest(ResizeGuestRequest) -> GuestInfoResponse, Limit::Long;
+        keep_huge_pages(HugePages) -> HugePages, Limit::Long;
         /// What the guest has.
         guest_info(Empty) -> GuestInfoResponse, Limit::Short;
         /// What a container uses.

@@ -32,6 +32,12 @@ const CRI: [(&str, &str); 2] = [
     ),
 ];
 
+/// What they call a container in its pod's description: the same for each of its lives.
+pub(crate) const NAMES: [&str; 2] = [
+    "io.kubernetes.cri.container-name",
+    "io.kubernetes.container.name",
+];
+
 /// What containerd's CRI plug-in sums up for the whole pod, on the sandbox.
 const CRI_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 const CRI_CPU_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
@@ -48,6 +54,12 @@ pub const MAX_VCPUS: &str = "io.sepal.max_vcpus";
 pub const MAX_MEMORY: &str = "io.sepal.max_memory";
 /// All that a pod may ask for; what changes the trust in a pod is the node's configuration alone.
 const ALLOWED: [&str; 4] = [VCPUS, MEMORY, MAX_VCPUS, MAX_MEMORY];
+
+/// A container's name in its pod's description.
+pub fn name(annotations: &Annotations) -> Option<&str> {
+    let name = NAMES.iter().find_map(|key| annotations.get(*key));
+    name.map(String::as_str)
+}
 
 impl Role {
     /// The role that the annotations tell.

@@ -61,14 +61,22 @@ impl Pod {
         let hook_state = hooks::State::creating(&spec, &asked.id, &asked.bundle, None);
         asked.wanted.size = spec::console_size(spec.process().as_ref());
         let linux = spec.linux().as_ref();
-        let limits = Limits::of(linux.and_then(|linux| linux.resources().as_ref()));
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let limits = Limits::of(resources);
+        let refused = Limits::foreign_huge_pages(resources).map(|size| Error::Invalid {
+            what: "huge pages",
+            reason: format!("a pod cannot have any of {size}, only of 2MB"),
+        });
         let kept = |volume: &Path, options: &BindOptions| {
             // What the kubelet writes lies on a tmpfs, too: told by one look, and not by all mounts.
             let copy = options.is_only_read().then(|| self.mirrors.take(volume));
             let copy = copy.flatten().map(Kept::Copy);
             copy.or_else(|| memory_volumes::of(volume).map(Kept::Memory))
         };
-        let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &kept);
+        let plan = match refused {
+            Some(refused) => Err(refused),
+            None => Plan::new(spec, &asked.id, &role, &asked.bundle, &kept).map_err(Error::from),
+        };
         let created = match plan {
             Ok(mut plan) => {
                 if self.spec.bare {
@@ -78,7 +86,7 @@ impl Pod {
                 self.try_create(&asked, plan, &devices, first, limits, hooks)
                     .await
             }
-            Err(e) => Err(e.into()),
+            Err(e) => Err(e),
         };
         if created.is_err() {
             let (share, id) = (self.share.clone(), asked.id.clone());
@@ -127,13 +135,13 @@ impl Pod {
             .await
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");
+        let account = limits::account(&asked.id, &hook_state.annotations);
+        self.admit(&account, limits).await?;
         // Streams are conversations with the guest, which has time for them while it is set up.
         let agent = self.agent().await?;
         let namespace = &self.identity.namespace;
         let (streams, stdio) = Streams::open(&asked.wanted, &agent, namespace, &asked.id).await?;
         let hooks = (host_hooks, hook_state);
-        let account = limits::account(&asked.id, &hook_state.annotations);
-        self.admit(&account, limits).await;
         let made = self.make_in_guest(asked, &plan, devices, first, hooks, stdio);
         let (up, hook_state, on_host) = match made.await {
             Ok(made) => made,

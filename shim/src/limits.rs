@@ -5,19 +5,16 @@
 
 use std::collections::BTreeMap;
 
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxHugepageLimit, LinuxResources};
 
-use crate::annotations::{Annotations, CriResources};
+use crate::annotations::{self, Annotations, CriResources};
 
 /// Period of a CPU quota where the spec has none: the kernel's default, in microseconds.
 const DEFAULT_PERIOD: u64 = 100_000;
 /// A whole CPU.
 pub const CPU: u64 = 1_000_000;
-/// What containerd and CRI-O call a container in its pod's description: the same for each of its lives.
-const NAMES: [&str; 2] = [
-    "io.kubernetes.cri.container-name",
-    "io.kubernetes.container.name",
-];
+/// What the OCI specification calls the huge pages that are offered.
+const HUGE_PAGE: &str = "2MB";
 
 /// What one container may use.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -28,6 +25,8 @@ pub struct Limits {
     quota: Option<u64>,
     /// Microseconds.
     period: Option<u64>,
+    /// Bytes of huge pages of 2 MiB, which are no part of the memory.
+    huge: u64,
 }
 
 /// What a pod may use in all.
@@ -50,11 +49,29 @@ impl Limits {
         let memory = given.memory().and_then(|memory| memory.limit());
         let cpu = given.cpu().as_ref();
         let period = cpu.and_then(|cpu| cpu.period()).filter(|p| *p > 0);
+        let huge = given.hugepage_limits().iter().flatten();
+        let huge = huge.filter(|limit| limit.page_size() == HUGE_PAGE);
         Self {
             memory: anew(self.memory, memory),
             quota: anew(self.quota, cpu.and_then(|cpu| cpu.quota())),
             period: period.or(self.period),
+            huge: huge
+                .map(|limit| limit.limit().unsigned_abs())
+                .next_back()
+                .unwrap_or(self.huge),
         }
+    }
+
+    /// The size of the huge pages that are wanted and not offered, if any are.
+    pub fn foreign_huge_pages(resources: Option<&LinuxResources>) -> Option<&str> {
+        let limits = resources?.hugepage_limits().as_deref()?;
+        // Kubernetes sets limits of zero for every size that the node has.
+        let foreign =
+            |limit: &&LinuxHugepageLimit| limit.limit() > 0 && limit.page_size() != HUGE_PAGE;
+        limits
+            .iter()
+            .find(foreign)
+            .map(|limit| limit.page_size().as_str())
     }
 
     fn cpu(&self) -> Option<u64> {
@@ -71,6 +88,7 @@ impl Limits {
             memory: cri.memory.and_then(positive).or(self.memory),
             quota: cri.quota.and_then(positive).or(self.quota),
             period: cri.period.or(self.period),
+            huge: self.huge,
         };
         Totals {
             memory: pod.memory,
@@ -90,8 +108,7 @@ fn anew(before: Option<u64>, given: Option<i64>) -> Option<u64> {
 /// Who a container is in its pod's accounts: by its name in the pod where it has one, so that its next
 /// life is the same.
 pub fn account(id: &str, annotations: &Annotations) -> String {
-    let name = NAMES.iter().find_map(|key| annotations.get(*key));
-    name.map_or_else(|| id.to_string(), |name| format!("name {name}"))
+    annotations::name(annotations).map_or_else(|| id.to_string(), |name| format!("name {name}"))
 }
 
 /// What a pod's containers may use, each and in all.
@@ -126,6 +143,7 @@ impl Ledger {
             memory: limits.memory.or(before.memory),
             quota: limits.quota.or(before.quota),
             period: limits.period.or(before.period),
+            huge: limits.huge,
         };
         let alone = self.alone;
         let shift = |told: Option<u64>, before: Option<u64>, after: Option<u64>| match told {
@@ -163,6 +181,12 @@ impl Ledger {
             memory: self.told.memory.or_else(|| sum(|limits| limits.memory)),
             cpu: self.told.cpu.or_else(|| sum(Limits::cpu)),
         }
+    }
+
+    /// Bytes of huge pages that its containers may use.
+    pub fn huge(&self) -> u64 {
+        let huge = self.members.values().map(|limits| limits.huge);
+        huge.fold(0, u64::saturating_add)
     }
 
     /// What of the totals is only known in part, so that the pod must not become smaller for it.
@@ -211,6 +235,33 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_are_summed_up_beside_the_memory() {
+        let resources = |huge: i64, size: &str| -> LinuxResources {
+            let limits = serde_json::json!([
+                { "pageSize": size, "limit": huge },
+                { "pageSize": "64KB", "limit": 0 },
+            ]);
+            serde_json::from_value(serde_json::json!({ "hugepageLimits": limits })).unwrap()
+        };
+        let mut ledger = Ledger::new(totals(300, CPU), false);
+        ledger.set("a", Limits::of(Some(&resources(4 << 20, "2MB"))));
+        ledger.set("b", Limits::of(Some(&resources(2 << 20, "2MB"))));
+        assert_eq!(
+            (ledger.huge(), ledger.totals()),
+            (6 << 20, totals(300, CPU))
+        );
+        ledger.set("a", ledger.get("a").changed(&LinuxResources::default()));
+        assert_eq!(ledger.huge(), 6 << 20);
+
+        let foreign = |huge, size: &str| {
+            Limits::foreign_huge_pages(Some(&resources(huge, size))).map(str::to_owned)
+        };
+        assert_eq!(foreign(1 << 30, "1GB").as_deref(), Some("1GB"));
+        assert_eq!(foreign(2 << 20, "2MB"), None);
+        assert_eq!(foreign(0, "1GB"), None);
+    }
+
+    #[test]
     fn a_pods_sum_follows_each_of_its_containers() {
         let mut ledger = Ledger::new(totals(300, 2 * CPU), false);
         ledger.set("a", limits(100, 50_000));
@@ -225,7 +276,12 @@ mod tests {
 
     #[test]
     fn a_containers_next_life_is_not_counted_twice_and_may_have_other_limits() {
-        let name = |id: &str| account(id, &[(NAMES[0].to_string(), "web".to_string())].into());
+        let name = |id: &str| {
+            account(
+                id,
+                &[(annotations::NAMES[0].to_string(), "web".to_string())].into(),
+            )
+        };
         let mut ledger = Ledger::new(totals(300, CPU), false);
         ledger.set(&name("1"), limits(300, 100_000));
         ledger.set(&name("1"), limits(400, 100_000));

@@ -1,9 +1,8 @@
-//! Volumes that are memory: emptyDir with `medium: Memory`.
+//! Volumes that are memory: emptyDir with `medium: Memory` or `medium: HugePages`.
 //!
-//! The kubelet mounts a tmpfs for one, empty, and containers of the pod get it or directories of it
-//! (`subPath`). In a VM that must be the guest's own tmpfs: pages of the host's would be counted where
-//! no limit of the pod knows of them, and go through the file server. So the guest makes one of the
-//! same size, and only what the kubelet has decided is taken over: names, owners, permissions. The
+//! The kubelet mounts a tmpfs or a hugetlbfs for one, empty, and containers of the pod get it or directories of it
+//! (`subPath`). In a VM that must be the guest's own: pages of the host's would be counted where no limit of
+//! the pod knows of them, and go through the file server. So the guest makes one of the same size, and only what the kubelet has decided is taken over: names, owners, permissions. The
 //! host's stays empty.
 
 use std::fs::File;
@@ -11,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::sys::statfs::{TMPFS_MAGIC, fstatfs};
+use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use sepal_protocol::agent::{MemoryVolume, VolumeFile};
 use sepal_protocol::mountinfo::unescape;
 
@@ -19,7 +18,7 @@ use sepal_protocol::mountinfo::unescape;
 const EMPTY_DIRS: &str = "kubernetes.io~empty-dir";
 
 /// The volume that a directory of the host is, or is a part of, if it is of this kind. Costs one look
-/// where it is not on a tmpfs.
+/// where it is on another file system.
 pub fn of(directory: &Path) -> Option<MemoryVolume> {
     let opened = File::options()
         .read(true)
@@ -27,9 +26,12 @@ pub fn of(directory: &Path) -> Option<MemoryVolume> {
         .open(directory)
         .ok()?;
     let about = fstatfs(&opened).ok()?;
-    if about.filesystem_type() != TMPFS_MAGIC {
-        return None;
-    }
+    let block = about.block_size().unsigned_abs();
+    let huge_page = match about.filesystem_type() {
+        TMPFS_MAGIC => 0,
+        HUGETLBFS_MAGIC => block,
+        _ => return None,
+    };
     // Its path without links, and the mount that it is reached by.
     let descriptor = std::os::fd::AsRawFd::as_raw_fd(&opened);
     let path = std::fs::read_link(format!("/proc/self/fd/{descriptor}")).ok()?;
@@ -44,14 +46,13 @@ pub fn of(directory: &Path) -> Option<MemoryVolume> {
         place.push(name);
         directories.push(described(&place, Path::new(name))?);
     }
-    // statfs(2) has it in blocks; a tmpfs without a limit has none.
-    let size = about
-        .blocks()
-        .saturating_mul(about.block_size().unsigned_abs());
+    // statfs(2) has it in blocks; without a limit there are none.
+    let size = about.blocks().saturating_mul(block);
     Some(MemoryVolume {
         volume_id: found.device.replace(':', "-"),
         size,
         directories,
+        huge_page,
         ..Default::default()
     })
 }

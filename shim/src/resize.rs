@@ -20,6 +20,7 @@ use crate::size::{Host, Size};
 use crate::up::Up;
 
 const MIB: u64 = 1 << 20;
+const HUGE_PAGE: u64 = 2 * MIB;
 /// How long the guest may take to plug or unplug anything, or to put it into the balloon: as long as
 /// something moves it is waited for, up to [`MOST`].
 const PATIENCE: Duration = Duration::from_secs(4);
@@ -57,6 +58,11 @@ pub enum Error {
         wanted: u64,
         got: u64,
     },
+    #[error(
+        "huge pages: {wanted} MiB are wanted in this pod and {got} MiB can be had; set more aside on \
+         the node (vm.nr_hugepages) before the pod is made"
+    )]
+    NoHugePages { wanted: u64, got: u64 },
 }
 
 const MEMORY: &str = "memory in MiB";
@@ -151,14 +157,24 @@ impl Pod {
         shrunk
     }
 
-    /// Counts a container that is being made. One that comes again with other limits, as after a
-    /// restart by Kubernetes, changes the VM.
-    pub(crate) async fn admit(&self, account: &str, limits: Limits) {
+    /// Counts a container that is being made, and gives the VM the huge pages that it wants. One that
+    /// comes again with other limits, as after a restart by Kubernetes, changes the VM.
+    ///
+    /// # Errors
+    /// There are not as many huge pages.
+    pub(crate) async fn admit(&self, account: &str, limits: Limits) -> Result<()> {
         let mut extent = self.extent.lock().await;
-        let totals = extent.ledger.totals();
+        let before = extent.ledger.clone();
         extent.ledger.set(account, limits);
-        if extent.ledger.totals() == totals {
-            return;
+        let huge = extent.ledger.huge();
+        if huge > before.huge()
+            && let Err(e) = keep_huge_pages(&*self.up().await?, huge).await
+        {
+            extent.ledger = before;
+            return Err(e);
+        }
+        if extent.ledger.totals() == before.totals() {
+            return Ok(());
         }
         let done = async {
             let up = self.up().await?;
@@ -174,6 +190,7 @@ impl Pod {
         if let Err(e) = done {
             tracing::warn!("the pod's size does not follow a new container's limits: {e}");
         }
+        Ok(())
     }
 
     /// What the VM should have by these accounts.
@@ -280,7 +297,7 @@ async fn settle(up: &Up, patience: Duration, done: impl Fn(&VmState) -> bool) ->
     let (mut moved, mut last) = (begin, None);
     loop {
         let state = up.vm.state().await?;
-        let now = Some((state.plugged, state.balloon));
+        let now = Some((state.plugged, state.huge_plugged, state.balloon));
         if now != last {
             (moved, last) = (Instant::now(), now);
         }
@@ -336,6 +353,45 @@ async fn grow_memory(up: &Up, target: u64) -> Result<()> {
         got: got.min(target) / MIB,
     };
     Err(error.into())
+}
+
+/// Lets the guest have so many bytes of the host's huge pages, and keep as many of its own for programs.
+async fn keep_huge_pages(up: &Up, bytes: u64) -> Result<()> {
+    let short = |got: u64| Error::NoHugePages {
+        wanted: bytes / MIB,
+        got: got / MIB,
+    };
+    let before = up.vm.state().await?;
+    if bytes > before.huge_pluggable {
+        return Err(short(before.huge_pluggable).into());
+    }
+    let size = bytes.next_multiple_of(HUGE_PAGE);
+    up.vm.ask(&Request::PlugHugePages { size }).await?;
+    let state = settle(up, PATIENCE, |state| state.huge_plugged >= size).await?;
+    let wanted = messages::HugePages {
+        count: size / HUGE_PAGE,
+        ..Default::default()
+    };
+    let end = Instant::now() + PATIENCE;
+    let mut kept = 0;
+    // What is plugged comes to the guest's free memory a little later.
+    while state.huge_plugged >= size && Instant::now() < end {
+        kept = up.agent.keep_huge_pages(&wanted).await?.count;
+        if kept >= wanted.count {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    // As it was.
+    let size = before.huge_plugged;
+    let earlier = messages::HugePages {
+        count: size / HUGE_PAGE,
+        ..Default::default()
+    };
+    up.agent.keep_huge_pages(&earlier).await?;
+    up.vm.ask(&Request::PlugHugePages { size }).await?;
+    let got = kept.saturating_mul(HUGE_PAGE).max(state.huge_plugged);
+    Err(short(got.min(bytes.saturating_sub(1))).into())
 }
 
 /// Takes memory from the guest until it has no more than `target` bytes: what was plugged, and into the balloon what

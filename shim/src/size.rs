@@ -8,6 +8,8 @@ use crate::annotations::{self, Annotations};
 use crate::limits::{CPU, Totals};
 
 const MIB: u64 = 1 << 20;
+/// How many huge pages the host has set aside.
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 /// Guest RAM is mapped in these units ([`sepal_protocol::vm::MemorySpec`]).
 const GRANULE: u64 = 2 * MIB;
 /// Least memory limit of a container: below it not even a shell starts.
@@ -24,6 +26,8 @@ pub struct Size {
     pub memory: u64,
     /// What it may grow to, likewise.
     pub max_memory: u64,
+    /// What it may have of huge pages beside that, likewise.
+    pub max_huge: u64,
 }
 
 /// What the host has, in which a VM's size finds its bounds.
@@ -33,6 +37,8 @@ pub struct Host {
     pub cpus: u8,
     /// Bytes of memory.
     pub memory: u64,
+    /// Bytes of it that are set aside as huge pages of 2 MiB.
+    pub huge: u64,
 }
 
 /// Why no VM can have the size that is asked for.
@@ -69,9 +75,12 @@ impl Host {
             .lines()
             .find_map(|line| line.strip_prefix("MemTotal:"))
             .and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        let huge = std::fs::read_to_string(HUGE_PAGES).unwrap_or_default();
+        let huge: u64 = huge.trim().parse().unwrap_or(0);
         Self {
             cpus: u8::try_from(cpus.unwrap_or(1)).unwrap_or(u8::MAX),
             memory: kilobytes.unwrap_or(0).saturating_mul(1024),
+            huge: huge.saturating_mul(GRANULE),
         }
     }
 }
@@ -116,6 +125,7 @@ impl Size {
             },
             memory,
             max_memory: Self::max_memory(annotations, config, host)?.max(memory),
+            max_huge: host.huge.min(MAX_MEMORY),
         })
     }
 
@@ -196,6 +206,7 @@ mod tests {
     const HOST: Host = Host {
         cpus: 4,
         memory: 8 << 30,
+        huge: 64 << 20,
     };
 
     fn plan(
@@ -248,6 +259,7 @@ mod tests {
                 cpus: CpuSpec { boot: 1, max: 1 },
                 memory: 256 * MIB,
                 max_memory: 8 << 30,
+                max_huge: 64 << 20,
             }
         );
         assert_eq!(plan(&[], Some(-1), Some(-1)).unwrap(), size);

@@ -212,6 +212,7 @@ impl Vm {
                 size: size.memory,
                 max: size.max_memory,
                 hugepages: config.hugepages,
+                max_huge: size.max_huge,
                 mergeable: config.ksm,
             },
             kernels: KernelSpec {

@@ -17,6 +17,7 @@ fn ram() -> Ram {
         size: 64 * MIB,
         max: 0,
         hugepages: false,
+        max_huge: 0,
         mergeable: false,
     };
     Ram::new(&spec).unwrap()

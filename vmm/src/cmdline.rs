@@ -78,6 +78,7 @@ mod tests {
                 size: 256 << 20,
                 max: 0,
                 hugepages: false,
+                max_huge: 0,
                 mergeable: false,
             },
             kernels: KernelSpec {

@@ -251,7 +251,8 @@ impl Control {
                 }
             }
             Request::Balloon { size } => self.vm.size.set_balloon(size),
-            Request::PlugMemory { size } => self.vm.plug_memory(size),
+            Request::PlugMemory { size } => self.vm.plug_memory(size, false),
+            Request::PlugHugePages { size } => self.vm.plug_memory(size, true),
             Request::AddCpus { count } => self.vm.add_cpus(count),
             Request::EnterRoot => fds
                 .take(FdIndex(0), "the root directory")
@@ -289,8 +290,10 @@ impl Control {
             // At most 64.
             cpus: self.vm.vcpus.count() as u8,
             memory: self.vm.size.memory,
-            plugged: self.vm.size.plugged(),
-            pluggable: self.vm.size.pluggable(),
+            plugged: self.vm.size.added.plugged(),
+            pluggable: self.vm.size.added.pluggable(),
+            huge_plugged: self.vm.size.huge.plugged(),
+            huge_pluggable: self.vm.size.huge.pluggable(),
             balloon: self.vm.size.balloon(),
             devices: self.vm.bus.pci.ids(),
             console_tail: console_tail.split_off(first),

@@ -179,15 +179,15 @@ impl Ram {
     /// A size that is not possible, or the host has no memory for it.
     #[cfg(test)]
     pub fn new(spec: &MemorySpec) -> Result<Self, Error> {
-        Self::map(RamFile::new(spec.hugepages)?, spec, None)
+        Self::map(RamFile::new(spec.hugepages)?, spec, &[])
     }
 
     /// Gives `file` its size for good and maps it; the host gives pages as they are touched.
-    /// Devices see the reserve as memory from the start, whether or not there is any in it.
+    /// Devices see the reserves as memory from the start, whether or not there is any in them.
     ///
     /// # Errors
     /// A size that is not possible, or the host has no memory for it.
-    pub fn map(file: RamFile, spec: &MemorySpec, reserve: Option<&Reserve>) -> Result<Self, Error> {
+    pub fn map(file: RamFile, spec: &MemorySpec, reserves: &[&Reserve]) -> Result<Self, Error> {
         let layout = Layout::new(spec.size)?;
         let (size, hugepages) = (spec.size, file.hugepages);
         let fixed = fix_size(&file.file, size);
@@ -207,7 +207,7 @@ impl Ram {
             regions.push((gpa, region));
             offset += size;
         }
-        if let Some(reserve) = reserve {
+        for reserve in reserves {
             let region = GuestRegionMmap::with_arc(reserve.region(), GuestAddress(reserve.gpa()));
             mapped.push(region.ok_or(Error::Size { size: spec.size })?);
         }

@@ -6,6 +6,7 @@ fn spec(size: u64) -> MemorySpec {
         size,
         max: 0,
         hugepages: false,
+        max_huge: 0,
         mergeable: false,
     }
 }
@@ -66,7 +67,7 @@ fn holes_of_a_file_leave_ram_untouched() {
         .fill(&mut source, 0, 8 * MIB, 16 * MIB)
         .unwrap();
     assert!(file.file.metadata().unwrap().blocks() * 512 <= MIB);
-    let ram = Ram::map(file, &spec(64 * MIB), None).unwrap();
+    let ram = Ram::map(file, &spec(64 * MIB), &[]).unwrap();
     let mut text = [0; 6];
     ram.memory
         .read_slice(&mut text, GuestAddress(20 * MIB + 5))

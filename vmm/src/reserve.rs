@@ -53,18 +53,46 @@ impl Reserve {
     /// # Errors
     /// A size that is not possible; the host has no addresses left for it.
     pub fn new(spec: &MemorySpec, address_bits: u32) -> Result<Option<Self>, Error> {
-        let layout = Layout::new(spec.size)?;
-        if spec.max > MAX_RAM || !spec.max.is_multiple_of(RAM_UNIT) {
-            return Err(Error::Size { size: spec.max });
-        }
-        let gpa = layout.reserve_start();
-        let unit = if layout.mmio64_start() > MUCH {
+        let gpa = Layout::new(spec.size)?.reserve_start();
+        check(spec.max)?;
+        let size = spec.max.saturating_sub(spec.size);
+        Self::at(gpa, size, spec, address_bits)
+    }
+
+    /// Likewise for huge pages, above the other `reserve`.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn huge(
+        spec: &MemorySpec,
+        reserve: Option<&Self>,
+        address_bits: u32,
+    ) -> Result<Option<Self>, Error> {
+        check(spec.max_huge)?;
+        let gpa = match reserve {
+            Some(below) => (below.gpa + below.size).next_multiple_of(LARGE_BLOCK),
+            None => Layout::new(spec.size)?.reserve_start(),
+        };
+        let huge = MemorySpec {
+            hugepages: true,
+            ..spec.clone()
+        };
+        Self::at(gpa, spec.max_huge, &huge, address_bits)
+    }
+
+    fn at(
+        gpa: u64,
+        size: u64,
+        spec: &MemorySpec,
+        address_bits: u32,
+    ) -> Result<Option<Self>, Error> {
+        let unit = if Layout::new(spec.size)?.mmio64_start() > MUCH {
             LARGE_BLOCK
         } else {
             BLOCK
         };
         let addressable = 1_u64.checked_shl(address_bits).unwrap_or(u64::MAX);
-        let size = spec.max.saturating_sub(spec.size).next_multiple_of(unit);
+        let size = size.next_multiple_of(unit);
         let size = size.min(addressable.saturating_sub(gpa) / unit * unit);
         if size == 0 {
             return Ok(None);
@@ -88,6 +116,11 @@ impl Reserve {
             file,
             hugepages,
         }))
+    }
+
+    /// Whether it is of the host's huge pages.
+    pub fn is_huge(&self) -> bool {
+        self.hugepages
     }
 
     /// Its first address.
@@ -128,6 +161,13 @@ impl Reserve {
     }
 }
 
+fn check(size: u64) -> Result<(), Error> {
+    if size > MAX_RAM || !size.is_multiple_of(RAM_UNIT) {
+        return Err(Error::Size { size });
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
@@ -139,6 +179,7 @@ mod tests {
             size,
             max,
             hugepages: false,
+            max_huge: 0,
             mergeable: false,
         }
     }
@@ -153,6 +194,21 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!((much.gpa() % LARGE_BLOCK, much.size()), (0, LARGE_BLOCK));
+    }
+
+    #[test]
+    fn that_of_huge_pages_lies_above_the_other() {
+        let mut spec = spec(256 * MIB, GIB);
+        assert!(Reserve::huge(&spec, None, 46).unwrap().is_none());
+        spec.max_huge = 6 * MIB;
+        let below = Reserve::new(&spec, 46).unwrap().unwrap();
+        let huge = Reserve::huge(&spec, Some(&below), 46).unwrap().unwrap();
+        assert_eq!((huge.gpa(), huge.size()), (70 * GIB, BLOCK));
+        assert!(huge.is_huge() && !below.is_huge());
+        let alone = Reserve::huge(&spec, None, 46).unwrap().unwrap();
+        assert_eq!(alone.gpa(), 68 * GIB);
+        spec.max_huge = 3 * MIB;
+        assert!(Reserve::huge(&spec, None, 46).is_err());
     }
 
     #[test]

@@ -24,31 +24,31 @@ pub struct Size {
     pub cpuid: CpuId,
     /// Bytes of RAM at boot.
     pub memory: u64,
-    reserve: Option<Reserve>,
-    /// What says how much memory the guest shall have beyond that, once there is a device for it.
-    pub added: Option<Arc<mem::Control>>,
+    /// Memory beyond that.
+    pub added: Pool,
+    /// The same of the host's huge pages.
+    pub huge: Pool,
     balloon: Option<Arc<balloon::Control>>,
 }
 
-impl Size {
-    /// That of a VM as it boots.
-    pub fn new(
-        spec: &VmSpec,
-        cpuid: CpuId,
-        reserve: Option<Reserve>,
-        balloon: Option<Arc<balloon::Control>>,
-    ) -> Self {
+/// Memory that the guest plugs and unplugs.
+pub struct Pool {
+    /// What it comes from.
+    reserve: Option<Reserve>,
+    /// What says how much of it the guest shall have, once there is a device for it.
+    device: Option<Arc<mem::Control>>,
+}
+
+impl Pool {
+    fn of(reserve: Option<Reserve>) -> Self {
         Self {
-            cpus: spec.cpus.clone(),
-            cpuid,
-            memory: spec.memory.size,
             reserve,
-            added: None,
-            balloon,
+            device: None,
         }
     }
 
-    /// Lets the guest have `bytes` beyond its RAM. The first time this gives the device to be plugged.
+    /// Lets the guest have `bytes` of it. The first time this gives the device to be plugged, and then
+    /// [`has_device`](Self::has_device) to be told of it.
     ///
     /// # Errors
     /// More than the VM has addresses for; the host has no memory; the guest has no driver.
@@ -64,8 +64,8 @@ impl Size {
             return Ok(None);
         };
         let usable = reserve.grant(bytes, machine)?;
-        if let Some(added) = &self.added {
-            if !added.request(bytes, usable) {
+        if let Some(device) = &self.device {
+            if !device.request(bytes, usable) {
                 bail!("the guest has no driver for memory that is added");
             }
             return Ok(None);
@@ -73,20 +73,53 @@ impl Size {
         if bytes == 0 {
             return Ok(None);
         }
-        let device = Mem::new(reserve.gpa(), reserve.size());
+        let device = Mem::new(reserve.gpa(), reserve.size(), reserve.is_huge());
         // Its driver reads it when it comes.
         device.control().request(bytes, usable);
         Ok(Some(device))
     }
 
+    /// The device for it has been plugged.
+    pub fn has_device(&mut self, device: Arc<mem::Control>) {
+        self.device = Some(device);
+    }
+
     /// Bytes that the guest has plugged.
     pub fn plugged(&self) -> u64 {
-        self.added.as_ref().map_or(0, |added| added.plugged())
+        self.device.as_ref().map_or(0, |device| device.plugged())
     }
 
     /// Most bytes that it may have plugged.
     pub fn pluggable(&self) -> u64 {
         self.reserve.as_ref().map_or(0, Reserve::size)
+    }
+}
+
+impl Size {
+    /// That of a VM as it boots, with the reserves for [`added`](Self::added) and [`huge`](Self::huge).
+    pub fn new(
+        spec: &VmSpec,
+        cpuid: CpuId,
+        (reserve, huge): (Option<Reserve>, Option<Reserve>),
+        balloon: Option<Arc<balloon::Control>>,
+    ) -> Self {
+        Self {
+            cpus: spec.cpus.clone(),
+            cpuid,
+            memory: spec.memory.size,
+            added: Pool::of(reserve),
+            huge: Pool::of(huge),
+            balloon,
+        }
+    }
+
+    /// What the guest plugs, of the host's huge pages if `huge`.
+    pub fn pool(&mut self, huge: bool) -> &mut Pool {
+        if huge {
+            &mut self.huge
+        } else {
+            &mut self.added
+        }
     }
 
     /// Lets the balloon take `bytes` from the guest.
@@ -98,7 +131,7 @@ impl Size {
             .balloon
             .as_ref()
             .ok_or_else(|| anyhow!("this VM has no balloon"))?;
-        let memory = self.memory + self.plugged();
+        let memory = self.memory + self.added.plugged();
         if bytes >= memory || !bytes.is_multiple_of(balloon::PAGE) {
             bail!("a balloon of {bytes} bytes is not possible in {memory} bytes of memory");
         }

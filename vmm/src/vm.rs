@@ -199,19 +199,20 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets the guest plug or unplug until it has `bytes` of memory beyond its RAM. The device for that
-    /// is plugged with the first of it.
+    /// Lets the guest plug or unplug until it has `bytes` of memory beyond its RAM, or of huge pages if
+    /// `huge`. The device for that is plugged with the first of it.
     ///
     /// # Errors
     /// More than the VM has addresses for; the host has no memory; the guest has no driver.
-    pub fn plug_memory(&mut self, bytes: u64) -> Result<()> {
-        let Some(device) = self.size.plug(bytes, &self.builder.machine)? else {
+    pub fn plug_memory(&mut self, bytes: u64, huge: bool) -> Result<()> {
+        let pool = self.size.pool(huge);
+        let Some(device) = pool.plug(bytes, &self.builder.machine)? else {
             return Ok(());
         };
         let control = device.control();
         // Without an id: nobody may take it away.
         self.plug(None, || Ok(Box::new(device)))?;
-        self.size.added = Some(control);
+        self.size.pool(huge).has_device(control);
         Ok(())
     }
 
@@ -311,8 +312,11 @@ pub fn boot(
         Some(ready) if ready.path == kernel && !hugepages => (ready.ram, Some(ready.kernel)),
         _ => (RamFile::new(hugepages)?, None),
     };
-    let reserve = Reserve::new(&spec.memory, vcpu::address_bits(&cpuid))?;
-    let ram = Ram::map(file, &spec.memory, reserve.as_ref())?;
+    let bits = vcpu::address_bits(&cpuid);
+    let reserve = Reserve::new(&spec.memory, bits)?;
+    let huge = Reserve::huge(&spec.memory, reserve.as_ref(), bits)?;
+    let reserves: Vec<_> = reserve.iter().chain(&huge).collect();
+    let ram = Ram::map(file, &spec.memory, &reserves)?;
     let mut window = Window::above(&ram.layout);
     let image = spec
         .image
@@ -405,7 +409,7 @@ pub fn boot(
         bus,
         log,
         ejected,
-        size: Size::new(spec, cpuid, reserve, balloon),
+        size: Size::new(spec, cpuid, (reserve, huge), balloon),
         builder,
     })
 }

@@ -67,6 +67,7 @@ impl Vm {
                 size: 384 << 20,
                 max: 0,
                 hugepages: false,
+                max_huge: 0,
                 mergeable: false,
             },
             kernels: KernelSpec {

@@ -4,6 +4,9 @@
 //! [`Control`] how much of it the guest shall have; the driver asks for each block, and what it unplugs
 //! is the host's at once ([`super::discard`]). The device is plugged when memory is first added: a VM
 //! that never grows has none.
+//!
+//! Of the host's huge pages there are so many and no more, and a touch of one too many would end the VM:
+//! they are taken when a block is plugged, which the guest can be refused.
 
 use std::sync::{Arc, Mutex};
 
@@ -12,7 +15,7 @@ use vm_memory::GuestMemoryMmap;
 
 use super::buffer::Reader;
 use super::device::{ActivateError, Activation, DeviceType, Interrupt, VirtioDevice};
-use super::discard::cut;
+use super::discard::{cut, take};
 use super::error::{Complaints, DeviceError};
 use super::features;
 use super::locked;
@@ -105,6 +108,8 @@ struct Sizes {
 pub struct Control {
     gpa: u64,
     region: u64,
+    /// Memory is taken from the host as it is plugged.
+    taken: bool,
     sizes: Mutex<Sizes>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
@@ -157,7 +162,8 @@ pub struct Mem {
 
 impl Mem {
     /// A device for the `region` bytes at `gpa`, both multiples of [`BLOCK`], none of which is plugged.
-    pub fn new(gpa: u64, region: u64) -> Self {
+    /// `taken`: the host must have them when they are plugged, and not only when they are touched.
+    pub fn new(gpa: u64, region: u64, taken: bool) -> Self {
         debug_assert!(gpa.is_multiple_of(BLOCK) && region.is_multiple_of(BLOCK));
         let sizes = Sizes {
             requested: 0,
@@ -168,6 +174,7 @@ impl Mem {
             control: Arc::new(Control {
                 gpa,
                 region,
+                taken,
                 sizes: Mutex::new(sizes),
                 interrupt: Mutex::new(None),
             }),
@@ -306,12 +313,16 @@ impl Control {
             (STATE, state) => return (ACK, state),
             (PLUG, UNPLUGGED) if sizes.blocks.plugged * BLOCK + bytes > sizes.requested => NACK,
             (PLUG, UNPLUGGED) => {
+                let addresses = self.addresses(&range);
+                if self.taken && !take(memory, addresses.clone(), NAME, complaints) {
+                    cut(memory, (addresses.start, addresses.end), NAME, complaints);
+                    return (NACK, 0);
+                }
                 range.for_each(|block| sizes.blocks.set(block, true));
                 ACK
             }
             (UNPLUG, PLUGGED) => {
-                let gpa = |block| self.gpa + block * BLOCK;
-                let range = gpa(range.start)..gpa(range.end);
+                let range = self.addresses(&range);
                 self.unplug(&mut sizes, range, memory, complaints)
             }
             _ => {
@@ -332,6 +343,12 @@ impl Control {
         let end = first.checked_add(u64::from(count))?;
         let fits = count > 0 && offset.is_multiple_of(BLOCK) && end <= usable / BLOCK;
         fits.then_some(first..end)
+    }
+
+    /// Where the blocks of a range lie.
+    fn addresses(&self, blocks: &std::ops::Range<u64>) -> std::ops::Range<u64> {
+        let gpa = |block| self.gpa + block * BLOCK;
+        gpa(blocks.start)..gpa(blocks.end)
     }
 
     /// Gives the memory of a range of addresses back, and with it its blocks.

@@ -32,7 +32,7 @@ struct Driver {
 
 /// A driver that may plug `requested` blocks of the first `usable`.
 fn driver(requested: u64, usable: u64) -> Driver {
-    let mut device = Mem::new(REGION, COUNT * BLOCK);
+    let mut device = Mem::new(REGION, COUNT * BLOCK, false);
     let control = device.control();
     assert!(!control.request(requested * BLOCK, usable * BLOCK));
     let mut guest = Guest::new(1);
@@ -240,7 +240,7 @@ fn a_reset_leaves_blocks_plugged_and_nobody_to_ask() {
 
 #[test]
 fn without_its_queue_the_device_does_not_start() {
-    let mut device = Mem::new(REGION, BLOCK);
+    let mut device = Mem::new(REGION, BLOCK, false);
     let guest = Guest::new(1);
     let refused = device.activate(guest.activation(&[], 0));
     assert!(matches!(

@@ -106,6 +106,7 @@ impl Vmm {
                 size: 256 << 20,
                 max: 0,
                 hugepages: false,
+                max_huge: 0,
                 mergeable: false,
             },
             kernels: KernelSpec {
