@@ -163,6 +163,47 @@ impl Namespace<'_> {
             .success();
     }
 
+    /// Offers a directory of the node, or with `mode: Block` a device, to claims with the namespace's
+    /// name as their storage class.
+    #[track_caller]
+    pub fn offer(&self, path: &str, mode: &str) -> Offered<'_> {
+        let volume = r#"
+apiVersion: v1
+kind: PersistentVolume
+metadata: { name: NAME }
+spec:
+  capacity: { storage: 1Gi }
+  accessModes: [ReadWriteOnce]
+  persistentVolumeReclaimPolicy: Retain
+  storageClassName: NAME
+  volumeMode: MODE
+  local: { path: PATH }
+  nodeAffinity:
+    required:
+      nodeSelectorTerms:
+        - matchExpressions: [{ key: kubernetes.io/hostname, operator: In, values: [node] }]
+"#;
+        let volume = volume.replace("NAME", &self.name);
+        self.apply(&volume.replace("MODE", mode).replace("PATH", path));
+        Offered(self)
+    }
+
+    /// Claims all of what has been offered, as `claim`.
+    #[track_caller]
+    pub fn claim(&self, mode: &str) {
+        let claim = r#"
+apiVersion: v1
+kind: PersistentVolumeClaim
+metadata: { name: claim }
+spec:
+  accessModes: [ReadWriteOnce]
+  storageClassName: NAME
+  volumeMode: MODE
+  resources: { requests: { storage: 1Gi } }
+"#;
+        self.apply(&claim.replace("NAME", &self.name).replace("MODE", mode));
+    }
+
     /// A pod of it, by name.
     pub fn pod(&self, name: &str) -> Pod<'_> {
         Pod {
@@ -198,6 +239,17 @@ impl Drop for Namespace<'_> {
         self.cluster
             .kubectl(["delete", "namespace", "--wait=false", &self.name])
             .run();
+    }
+}
+
+/// A PersistentVolume, which belongs to no namespace, until it goes out of scope.
+#[derive(Debug)]
+pub struct Offered<'namespace>(&'namespace Namespace<'namespace>);
+
+impl Drop for Offered<'_> {
+    fn drop(&mut self) {
+        let volume = ["delete", "pv", "--wait=false", self.0.name()];
+        self.0.kubectl(volume).run();
     }
 }
 

@@ -21,13 +21,17 @@ mod command;
 mod container;
 #[cfg(test)]
 mod features;
+mod inotify;
+mod loop_device;
 mod pods;
 mod terminal;
 
 pub use bed::{Bed, Kind, Scratch};
-pub use cluster::{Cluster, Namespace, Pod};
+pub use cluster::{Cluster, Namespace, Offered, Pod};
 pub use command::{Command, Outcome, Running};
 pub use container::{Client, Container};
+pub use inotify::watch;
+pub use loop_device::LoopDevice;
 pub use pods::{CtrPod, PodProcess};
 pub use terminal::Terminal;
 

@@ -1,30 +1,10 @@
 //! Block devices of the host in a container: `--device`, which is what volumeDevices become.
 
-use sepal_tests::{Bed, Container, eventually, seconds};
+use sepal_tests::{Bed, Container, LoopDevice, eventually, seconds};
 
-/// A file as a block device of the host.
-struct Loop<'bed> {
-    bed: &'bed Bed,
-    device: String,
-    file: String,
-}
-
-impl<'bed> Loop<'bed> {
-    fn new(bed: &'bed Bed, file: String, mebibytes: u32) -> Self {
-        let line = format!("truncate -s {mebibytes}M {file} && losetup -f --show {file}");
-        let device = bed.sh(&line).run().success().out();
-        Self { bed, device, file }
-    }
-
-    fn option(&self, access: &str) -> String {
-        format!("{}:/dev/xvda:{access}", self.device)
-    }
-}
-
-impl Drop for Loop<'_> {
-    fn drop(&mut self) {
-        self.bed.command(["losetup", "-d", &self.device]).run();
-    }
+/// `--device` for it, with these permissions.
+fn device(disk: &LoopDevice<'_>, access: &str) -> String {
+    format!("{}:/dev/xvda:{access}", disk.path())
 }
 
 fn start<'bed>(bed: &'bed Bed, device: &str) -> Container<'bed> {
@@ -37,8 +17,8 @@ fn start<'bed>(bed: &'bed Bed, device: &str) -> Container<'bed> {
 fn a_block_device_is_written_through_to_the_host() {
     let bed = Bed::get();
     let scratch = bed.scratch();
-    let disk = Loop::new(&bed, scratch.file("disk"), 64);
-    let container = start(&bed, &disk.option("rwm"));
+    let disk = LoopDevice::new(&bed, scratch.file("disk"), 64);
+    let container = start(&bed, &device(&disk, "rwm"));
     let size = container.sh("blockdev --getsz /dev/xvda");
     assert_eq!(size.success().out(), "131072", "sectors of 512 bytes");
     container
@@ -48,7 +28,7 @@ fn a_block_device_is_written_through_to_the_host() {
     let outside = format!(
         "head -c {} {} | sha256sum",
         container.sh("stat -c %s -L /bin/busybox").success().out(),
-        disk.file
+        disk.file()
     );
     assert_eq!(bed.sh(&outside).run().success().out(), inside);
     // The device is free as soon as the container is gone.
@@ -56,7 +36,7 @@ fn a_block_device_is_written_through_to_the_host() {
     eventually("the device is let go", seconds(20), || {
         let users = format!(
             "! ls -l /proc/[0-9]*/fd 2>/dev/null | grep -q ' {}$'",
-            disk.device
+            disk.path()
         );
         bed.sh(&users).run().ok().then_some(())
     });
@@ -67,11 +47,11 @@ fn a_block_device_is_written_through_to_the_host() {
 fn a_read_only_block_device_cannot_be_written() {
     let bed = Bed::get();
     let scratch = bed.scratch();
-    let disk = Loop::new(&bed, scratch.file("disk"), 8);
-    bed.sh(&format!("echo precious >{}", disk.device))
+    let disk = LoopDevice::new(&bed, scratch.file("disk"), 8);
+    bed.sh(&format!("echo precious >{}", disk.path()))
         .run()
         .success();
-    let container = start(&bed, &disk.option("r"));
+    let container = start(&bed, &device(&disk, "r"));
     assert_eq!(
         container.sh("head -c 8 /dev/xvda").success().out(),
         "precious"
@@ -82,7 +62,7 @@ fn a_read_only_block_device_cannot_be_written() {
             .sh("grep -l . /sys/block/vd*/ro >/dev/null && cat /sys/block/vd*/ro | sort -u");
         assert_eq!(read_only.success().out(), "1", "the device is, too");
     }
-    assert!(bed.read(&disk.file).starts_with("precious"));
+    assert!(bed.read(disk.file()).starts_with("precious"));
 }
 
 #[test]
@@ -94,9 +74,9 @@ fn a_privileged_container_does_not_get_the_hosts_disks() {
         return;
     }
     let scratch = bed.scratch();
-    let disk = Loop::new(&bed, scratch.file("disk"), 8);
+    let disk = LoopDevice::new(&bed, scratch.file("disk"), 8);
     let container = bed.nerdctl_start(&["--privileged"], &bed.busybox(), &["sleep", "1000"]);
-    let name = disk.device.trim_start_matches("/dev/");
+    let name = disk.path().trim_start_matches("/dev/");
     let size = container.sh(&format!(
         "cat /sys/block/{name}/size 2>/dev/null || echo none"
     ));

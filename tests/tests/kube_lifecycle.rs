@@ -168,6 +168,67 @@ spec:
 
 #[test]
 #[ignore = "needs a cluster: tests/kube/run"]
+fn a_hundred_failed_liveness_probes_leave_nothing_in_the_pod() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    // A neighbour of the container that dies can see what the pod's VM holds of its former lives.
+    let pod = namespace.start(
+        "mortal",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: mortal }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  shareProcessNamespace: true
+  containers:
+    - name: main
+      image: busybox
+      command: [sleep, "1000"]
+      livenessProbe: { exec: { command: ["false"] }, periodSeconds: 1, failureThreshold: 1, terminationGracePeriodSeconds: 1 }
+      volumeMounts: [{ name: cache, mountPath: /cache }]
+    - name: witness
+      image: busybox
+      command: [sleep, "100000"]
+      securityContext: { privileged: true }
+  volumes: [{ name: cache, emptyDir: {} }]
+"#,
+    );
+    let restarts = || {
+        let counts = pod.get("{.status.containerStatuses[?(@.name=='main')].restartCount}");
+        counts.parse::<u32>().unwrap_or(0)
+    };
+    let held = || {
+        // The container itself may be there or just not.
+        let line = "echo $(ls /proc | grep -c '^[0-9]') $(wc -l </proc/1/mountinfo)";
+        let told = pod.sh_in("witness", line);
+        let counts: Vec<u32> = told
+            .split_whitespace()
+            .map(|n| n.parse().unwrap())
+            .collect();
+        (counts[0], counts[1])
+    };
+    let settled = |count| {
+        eventually("it is restarted", seconds(600), || {
+            (restarts() >= count).then(held)
+        })
+    };
+    let early = settled(5);
+    let late = settled(100);
+    let near = |before: u32, after: u32| after <= before + 3;
+    assert!(
+        near(early.0, late.0) && near(early.1, late.1),
+        "processes and mounts: {early:?} after 5 lives, {late:?} after 100"
+    );
+    assert_eq!(
+        pod.get("{.status.containerStatuses[?(@.name=='witness')].restartCount}"),
+        "0"
+    );
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
 fn hooks_run_after_the_start_and_before_the_stop() {
     let cluster = Cluster::get();
     let namespace = cluster.namespace();

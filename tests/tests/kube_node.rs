@@ -219,3 +219,92 @@ spec:
         pod.sh("ls /follows/later").is_empty().then_some(())
     });
 }
+
+/// Huge pages that the node has set aside, until it goes out of scope. A kubelet counts them when it
+/// starts.
+struct HugePages<'cluster>(&'cluster Cluster);
+
+impl<'cluster> HugePages<'cluster> {
+    fn set_aside(cluster: &'cluster Cluster, count: u32) -> Self {
+        let this = Self(cluster);
+        this.set(count);
+        let expected = format!("{}Mi", 2 * count);
+        let namespace = cluster.namespace();
+        eventually("the node has huge pages", seconds(60), || {
+            let has = namespace.get("node/node", "{.status.allocatable.hugepages-2Mi}");
+            (has == expected).then_some(())
+        });
+        this
+    }
+
+    fn set(&self, count: u32) {
+        self.0.daemon("stop", "kubelet");
+        let line = format!("echo {count} >/proc/sys/vm/nr_hugepages");
+        self.0.bed().sh(&line).run().success();
+        self.0.daemon("start", "kubelet");
+    }
+}
+
+impl Drop for HugePages<'_> {
+    fn drop(&mut self) {
+        self.set(0);
+    }
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn huge_pages_are_the_pod_s_up_to_its_limit() {
+    let cluster = Cluster::alone();
+    let _pages = HugePages::set_aside(&cluster, 8);
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "huge",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: huge }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: python
+      command: [sleep, "1000"]
+      resources: { limits: { hugepages-2Mi: 16Mi, memory: 96Mi, cpu: 500m } }
+      volumeMounts: [{ name: pages, mountPath: /pages }]
+  volumes: [{ name: pages, emptyDir: { medium: HugePages } }]
+"#,
+    );
+    assert_eq!(
+        pod.sh("awk '/HugePages_Total/ { print $2 }' /proc/meminfo"),
+        "8"
+    );
+    // MAP_HUGETLB, and a file of the volume's: eight pages are there, and not one more.
+    let program = r#"
+import mmap, os
+def anonymous(pages):
+    return mmap.mmap(-1, pages << 21, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000)
+def used():
+    lines = dict(line.split(":") for line in open("/proc/meminfo"))
+    return int(lines["HugePages_Total"]) - int(lines["HugePages_Free"].split()[0])
+memory = anonymous(4)
+for page in range(4): memory[page << 21] = 7
+file = os.open("/pages/file", os.O_RDWR | os.O_CREAT)
+os.ftruncate(file, 4 << 21)
+shared = mmap.mmap(file, 4 << 21)
+for page in range(4): shared[page << 21] = 7
+print(used())
+try:
+    anonymous(1)
+    print("one more")
+except OSError as error:
+    print(error.strerror)
+"#;
+    let told = pod.exec(["python3", "-c", program]).success().out();
+    assert_eq!(told, "8\nCannot allocate memory");
+    assert_eq!(
+        pod.sh("stat -fc '%T %S' /pages; ls /pages"),
+        "hugetlbfs 2097152\nfile"
+    );
+    pod.delete(&[]);
+}

@@ -1,6 +1,6 @@
 //! What Kubernetes puts into a container: environment, configuration, secrets, tokens, volumes.
 
-use sepal_tests::{Cluster, eventually, seconds};
+use sepal_tests::{Cluster, LoopDevice, eventually, seconds, watch};
 
 #[test]
 #[ignore = "needs a cluster: tests/kube/run"]
@@ -127,6 +127,125 @@ spec:
     });
     // A subPath does not, by Kubernetes' rules.
     assert_eq!(pod.sh("cat /etc/one/colour"), "blue");
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_program_that_waits_for_its_configuration_is_woken_with_200_files_too() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let settings = |colour: &str| {
+        let keys: String = (0..200).map(|n| format!("  key-{n}: {colour}\n")).collect();
+        format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{ name: settings }}\ndata:\n{keys}")
+    };
+    namespace.apply(&settings("blue"));
+    // What comes and goes in the directory: the kubelet changes all files by one rename.
+    let command = serde_json::to_string(&watch("/etc/settings", "380")).unwrap();
+    let pod = namespace.start(
+        "waits",
+        &r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: waits }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: python
+      command: COMMAND
+      readinessProbe: { exec: { command: [test, -s, /tmp/told] }, periodSeconds: 1 }
+      volumeMounts: [{ name: settings, mountPath: /etc/settings }]
+  volumes:
+    - name: settings
+      configMap: { name: settings }
+"#
+        .replace("COMMAND", &command),
+    );
+    assert_eq!(pod.sh("cat /tmp/told"), "waits");
+    namespace.apply(&settings("green"));
+    eventually("it is woken", seconds(150), || {
+        let told = pod.sh("cat /tmp/told");
+        told.contains("moved-to ..data").then_some(())
+    });
+    assert_eq!(
+        pod.sh("cat /etc/settings/key-0 /etc/settings/key-199"),
+        "greengreen"
+    );
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn an_image_is_a_volume() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "tooled",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: { name: tooled }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: busybox
+      command: [sleep, "1000"]
+      volumeMounts:
+        - { name: server, mountPath: /server }
+        - { name: server, mountPath: /etc/server, subPath: etc/nginx }
+  volumes:
+    - name: server
+      image: { reference: nginx }
+"#,
+    );
+    pod.sh("test -x /server/usr/sbin/nginx");
+    assert_eq!(
+        pod.sh("head -c 4 /server/usr/sbin/nginx | tail -c 3"),
+        "ELF"
+    );
+    assert_eq!(
+        pod.sh("ls /etc/server/nginx.conf"),
+        "/etc/server/nginx.conf"
+    );
+    pod.exec(["touch", "/server/new"]).failure();
+    pod.exec(["touch", "/etc/server/new"]).failure();
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_claimed_block_device_is_one_in_the_container() {
+    let cluster = Cluster::get();
+    let scratch = cluster.bed().scratch();
+    let disk = LoopDevice::new(cluster.bed(), scratch.file("disk"), 64);
+    let namespace = cluster.namespace();
+    let _volume = namespace.offer(disk.path(), "Block");
+    namespace.claim("Block");
+    let user = |name: &str, line: &str| {
+        format!(
+            r#"
+apiVersion: v1
+kind: Pod
+metadata: {{ name: {name} }}
+spec:
+  runtimeClassName: sepal
+  restartPolicy: Never
+  containers:
+    - name: main
+      image: busybox
+      command: [sh, -c, '{line}']
+      volumeDevices: [{{ name: disk, devicePath: /dev/xvda }}]
+  volumes: [{{ name: disk, persistentVolumeClaim: {{ claimName: claim }} }}]
+"#
+        )
+    };
+    let write = "blockdev --getsz /dev/xvda; echo kept | dd of=/dev/xvda bs=512 seek=100 conv=fsync,notrunc 2>/dev/null";
+    assert_eq!(namespace.run("first", &user("first", write)), "131072");
+    namespace.pod("first").delete(&[]);
+    let read = "dd if=/dev/xvda bs=512 skip=100 count=1 2>/dev/null | head -c 4";
+    assert_eq!(namespace.run("second", &user("second", read)), "kept");
+    namespace.pod("second").delete(&[]);
 }
 
 #[test]
@@ -408,32 +527,8 @@ fn a_claim_keeps_its_files_from_pod_to_pod() {
         .command(["mkdir", &scratch.file("disk")])
         .run()
         .success();
-    let volume = r#"
-apiVersion: v1
-kind: PersistentVolume
-metadata: { name: NAME }
-spec:
-  capacity: { storage: 1Gi }
-  accessModes: [ReadWriteOnce]
-  persistentVolumeReclaimPolicy: Retain
-  storageClassName: NAME
-  local: { path: SCRATCH/disk }
-  nodeAffinity:
-    required:
-      nodeSelectorTerms:
-        - matchExpressions: [{ key: kubernetes.io/hostname, operator: In, values: [node] }]
----
-apiVersion: v1
-kind: PersistentVolumeClaim
-metadata: { name: claim }
-spec:
-  accessModes: [ReadWriteOnce]
-  storageClassName: NAME
-  resources: { requests: { storage: 1Gi } }
-"#
-    .replace("NAME", namespace.name())
-    .replace("SCRATCH", scratch.path());
-    namespace.apply(&volume);
+    let _volume = namespace.offer(&scratch.file("disk"), "Filesystem");
+    namespace.claim("Filesystem");
     let user = |name: &str, line: &str| {
         format!(
             r#"
@@ -459,8 +554,4 @@ spec:
         "kept"
     );
     namespace.pod("second").delete(&[]);
-    namespace
-        .kubectl(["delete", "pv", "--wait=false", namespace.name()])
-        .run()
-        .success();
 }

@@ -292,20 +292,8 @@ fn a_database_keeps_its_rows_when_its_pod_is_deleted() {
     let scratch = cluster.bed().scratch();
     let make = ["mkdir", "-m", "0777", &scratch.file("disk")];
     cluster.bed().command(make).run().success();
+    let _volume = namespace.offer(&scratch.file("disk"), "Filesystem");
     let manifest = r#"
-apiVersion: v1
-kind: PersistentVolume
-metadata: { name: NAME }
-spec:
-  capacity: { storage: 1Gi }
-  accessModes: [ReadWriteOnce]
-  storageClassName: NAME
-  local: { path: SCRATCH/disk }
-  nodeAffinity:
-    required:
-      nodeSelectorTerms:
-        - matchExpressions: [{ key: kubernetes.io/hostname, operator: In, values: [node] }]
----
 apiVersion: apps/v1
 kind: StatefulSet
 metadata: { name: postgres }
@@ -332,8 +320,7 @@ spec:
         storageClassName: NAME
         resources: { requests: { storage: 1Gi } }
 "#;
-    let manifest = manifest.replace("NAME", namespace.name());
-    namespace.apply(&manifest.replace("SCRATCH", scratch.path()));
+    namespace.apply(&manifest.replace("NAME", namespace.name()));
     namespace.roll_out("statefulset/postgres", 240);
     let pod = namespace.pod("postgres-0");
     pod.sh("pgbench -q -i -s 1 postgres && pgbench -n -t 200 postgres");

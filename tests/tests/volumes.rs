@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use sepal_tests::{Bed, Container, Scratch, eventually, seconds};
+use sepal_tests::{Bed, Container, Scratch, eventually, seconds, watch};
 
 /// Writes a version, `$2`, with `$4` keys that hold `$3`, as pkg/volume/util/atomic_writer.go does.
 const WRITE: &str = r#"
@@ -53,38 +53,17 @@ impl<'bed> ConfigMap<'bed> {
     }
 
     /// A container that waits for its changes.
-    fn start_waiting(&self, path: &'static str, events: &'static str) -> Container<'bed> {
-        let container = self.start("python", &waiting(path, events));
+    fn start_watch(&self, path: &'static str, events: &'static str) -> Container<'bed> {
+        let container = self.start("python", &watch(path, events));
         told(&container, "waits");
         container
     }
 }
 
-/// Waits for events at a path and notes them, one a line (inotify(7)).
-const WAIT: &str = r#"
-import ctypes, os, struct, sys
-KINDS = {0x4: "attrib", 0x80: "moved-to", 0x100: "create", 0x200: "delete", 0x400: "delete-self"}
-libc = ctypes.CDLL(None)
-fd = libc.inotify_init1(0)
-assert libc.inotify_add_watch(fd, sys.argv[1].encode(), int(sys.argv[2], 16)) > 0
-told = open("/tmp/told", "w", buffering=1)
-print("waits", file=told)
-while data := os.read(fd, 65536):
-    while data:
-        _, mask, _, length = struct.unpack_from("iIII", data)
-        name, data = data[16:16 + length].rstrip(b"\0").decode(), data[16 + length:]
-        kinds = [kind for bit, kind in KINDS.items() if mask & bit]
-        print(*kinds, name, file=told)
-"#;
 /// Whoever watches a directory: names come, go, and are taken over.
 const NAMES: &str = "380";
 /// Whoever watches a file: it goes.
 const ITSELF: &str = "404";
-
-/// What waits for events.
-fn waiting(path: &'static str, events: &'static str) -> [&'static str; 5] {
-    ["python3", "-c", WAIT, path, events]
-}
 
 /// What has been noted, once the last is there.
 #[track_caller]
@@ -102,7 +81,7 @@ fn told(container: &Container, last: &str) -> Vec<String> {
 fn who_waits_in_a_config_map_of_200_keys_is_told_of_its_change() {
     let bed = Bed::get();
     let map = ConfigMap::new(&bed, "old", 200);
-    let container = map.start_waiting("/etc/config", NAMES);
+    let container = map.start_watch("/etc/config", NAMES);
     let read = "cat /etc/config/key-7; ls /etc/config | wc -l";
     assert_eq!(container.sh(read).success().out(), "old-7\n200");
 
@@ -138,7 +117,7 @@ fn who_waits_in_a_config_map_of_200_keys_is_told_of_its_change() {
 fn who_watches_one_key_is_told_that_the_file_goes() {
     let bed = Bed::get();
     let map = ConfigMap::new(&bed, "old", 3);
-    let container = map.start_waiting("/etc/config/key-2", ITSELF);
+    let container = map.start_watch("/etc/config/key-2", ITSELF);
     map.write("..v2", "new", 3);
     let notes = told(&container, "delete-self");
     assert_eq!(notes[1], "attrib", "one link less");
@@ -187,7 +166,7 @@ fn all_containers_of_a_pod_see_a_change_and_so_does_one_that_comes_later() {
     let pod = bed.ctr_pod(&[]);
     let mount = map.mount();
     let member = |argv: &[&str]| pod.member(&["--mount", &mount], &bed.image("python"), argv);
-    let waits = waiting("/etc/config", NAMES);
+    let waits = watch("/etc/config", NAMES);
     let both = [member(&waits), member(&waits)];
     for container in &both {
         told(container, "waits");
@@ -243,7 +222,7 @@ fn thousands_of_keys_are_no_reason_to_be_left_out() {
     let bed = Bed::get();
     let keys = bed.scaled(3000, 1000);
     let map = ConfigMap::new(&bed, "old", keys);
-    let container = map.start_waiting("/etc/config", NAMES);
+    let container = map.start_watch("/etc/config", NAMES);
     map.write("..v2", "new", keys);
     let changed = Instant::now();
     told(&container, "delete ..v1");
