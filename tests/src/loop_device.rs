@@ -14,7 +14,10 @@ impl<'bed> LoopDevice<'bed> {
     /// Makes `file` with so many MiB, and a device of it.
     #[track_caller]
     pub fn new(bed: &'bed Bed, file: String, mebibytes: u32) -> Self {
-        let line = format!("truncate -s {mebibytes}M {file} && losetup -f --show {file}");
+        // A module, on some kernels one that nobody has wanted yet.
+        let line = format!(
+            "modprobe -q loop 2>/dev/null; truncate -s {mebibytes}M {file} && losetup -f --show {file}"
+        );
         let path = bed.sh(&line).run().success().out();
         Self { bed, path, file }
     }
