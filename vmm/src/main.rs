@@ -3,28 +3,6 @@
 //! The shim spawns it with a control socket and sends what to boot; see `sepal_protocol::control`.
 //! The exit status is an `ExitCause`.
 
-mod acpi;
-mod boot;
-mod bus;
-mod clock;
-mod cmdline;
-mod control;
-mod exit;
-mod jail;
-mod kvm;
-mod launcher;
-mod memory;
-mod pci;
-mod platform;
-mod reserve;
-mod seccomp;
-mod serial;
-mod size;
-mod sys;
-mod vcpu;
-mod virtio;
-mod vm;
-
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,9 +14,10 @@ use sepal_protocol::control::{Booted, Request, Response, receive, send};
 use sepal_protocol::vm::{ExitCause, KernelSpec, KvmFlavour, VmSpec};
 use tracing::level_filters::LevelFilter;
 
-use crate::clock::Stages;
-use crate::exit::Exit;
-use crate::vm::{Descriptors, Prepared};
+use sepal_vmm::clock::Stages;
+use sepal_vmm::exit::Exit;
+use sepal_vmm::vm::{Descriptors, Prepared};
+use sepal_vmm::{control, jail, kvm, seccomp, sys, vm};
 
 /// The virtual machine monitor of a Sepal pod
 #[derive(Parser)]

@@ -80,19 +80,11 @@ impl Control {
     }
 
     /// Bytes given back to the host so far, by either way; the same page counts each time.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the control socket does not show it yet")
-    )]
     pub fn returned(&self) -> u64 {
         self.returned.load(Ordering::Relaxed)
     }
 
     /// The guest's statistics as tag and value (5.5.6.4), the last that came. Asks for new ones.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the control socket does not show it yet")
-    )]
     pub fn stats(&self) -> Vec<(u16, u64)> {
         let _ = self.ask.write(1);
         locked(&self.stats).clone()

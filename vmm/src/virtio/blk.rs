@@ -131,10 +131,6 @@ impl Blk {
     }
 
     /// To be kept by whoever changes the file's size.
-    #[cfg_attr(
-        not(test),
-        expect(dead_code, reason = "the control socket cannot resize yet")
-    )]
     pub fn size(&self) -> Arc<Size> {
         Arc::clone(&self.size)
     }

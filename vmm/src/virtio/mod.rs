@@ -17,6 +17,8 @@ pub mod discard;
 pub mod error;
 pub mod features;
 pub mod fs;
+#[cfg(feature = "testing")]
+pub mod inline;
 pub mod mem;
 pub mod net;
 pub mod pmem;

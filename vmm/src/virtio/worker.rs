@@ -100,6 +100,12 @@ impl Waits {
                 Next::Again => EpollTimeout::ZERO,
                 Next::At(time) => until(time),
             };
+            #[cfg(feature = "testing")]
+            let timeout = match super::inline::step() {
+                None => timeout,
+                Some(true) => EpollTimeout::ZERO,
+                Some(false) => return Ok(()),
+            };
             let count = match self.epoll.wait(&mut events, timeout) {
                 Err(nix::Error::EINTR) => 0,
                 other => other.map_err(|e| DeviceError::host("epoll_wait")(e.into()))?,
@@ -149,6 +155,11 @@ impl Worker {
             .epoll
             .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, STOP))
             .map_err(|e| ActivateError::Worker(e.into()))?;
+        #[cfg(feature = "testing")]
+        if super::inline::is_wanted() {
+            run(device, &interrupt, &waits, body);
+            return Ok(Self { stop, thread: None });
+        }
         let thread = std::thread::Builder::new()
             .name(name.into())
             .spawn(move || run(device, &interrupt, &waits, body))
