@@ -114,8 +114,10 @@ fn memory(stats: &Stats) -> MemoryStat {
         slab_unreclaimable: of("slab_unreclaimable"),
         pgfault: of("pgfault"),
         pgmajfault: of("pgmajfault"),
-        workingset_refault: of("workingset_refault_anon") + of("workingset_refault_file"),
-        workingset_activate: of("workingset_activate_anon") + of("workingset_activate_file"),
+        workingset_refault: of("workingset_refault_anon")
+            .saturating_add(of("workingset_refault_file")),
+        workingset_activate: of("workingset_activate_anon")
+            .saturating_add(of("workingset_activate_file")),
         workingset_nodereclaim: of("workingset_nodereclaim"),
         pgrefill: of("pgrefill"),
         pgscan: of("pgscan"),
@@ -170,5 +172,27 @@ mod tests {
         assert_eq!((metrics.pids.current, metrics.pids.limit), (3, 9));
         let any = to_any(metrics).unwrap();
         assert_eq!(any.type_url, "io.containerd.cgroups.v2.Metrics");
+    }
+
+    #[test]
+    fn counts_that_no_kernel_has_do_not_overflow() {
+        let kinds = [
+            "refault_anon",
+            "refault_file",
+            "activate_anon",
+            "activate_file",
+        ];
+        let memory = MemoryStats {
+            stat: kinds
+                .map(|kind| (format!("workingset_{kind}"), u64::MAX))
+                .into(),
+            ..Default::default()
+        };
+        let metrics = metrics(&Stats {
+            memory: MessageField::some(memory),
+            ..Default::default()
+        });
+        assert_eq!(metrics.memory.workingset_refault, u64::MAX);
+        assert_eq!(metrics.memory.workingset_activate, u64::MAX);
     }
 }
