@@ -16,6 +16,8 @@ pub const ENV: &str = "SEPAL_CONFIG";
 pub const MAX_VCPUS: u8 = 64;
 /// Least RAM of a VM, in MiB: below it the guest's kernel and agent leave no room for a container.
 pub const MIN_MEMORY: u64 = 64;
+/// Most RAM of a VM, in MiB: 512 GiB, what the guest's address map has room for.
+pub const MAX_MEMORY: u64 = 512 << 10;
 /// Two files of an installation, below its directory.
 const VMM: &str = "bin/sepal-vmm";
 const KERNEL: &str = "share/vmlinux";
@@ -268,14 +270,17 @@ impl Config {
                 format!("must be 1 to max_vcpus ({})", self.max_vcpus),
             );
         }
-        if self.memory < MIN_MEMORY || !self.memory.is_multiple_of(2) {
+        if !(MIN_MEMORY..=MAX_MEMORY).contains(&self.memory) || !self.memory.is_multiple_of(2) {
             return wrong(
                 "memory",
-                format!("must be an even number of MiB, at least {MIN_MEMORY}"),
+                format!("must be an even number of MiB, {MIN_MEMORY} to {MAX_MEMORY}"),
             );
         }
-        if !self.memory_overhead.is_multiple_of(2) {
-            return wrong("memory_overhead", "must be an even number of MiB".into());
+        if self.memory_overhead > MAX_MEMORY || !self.memory_overhead.is_multiple_of(2) {
+            return wrong(
+                "memory_overhead",
+                format!("must be an even number of MiB, at most {MAX_MEMORY}"),
+            );
         }
         if self.agent_timeout_s == 0 {
             return wrong("agent_timeout_s", "must be at least 1 second".into());
@@ -384,6 +389,9 @@ mod tests {
         for (text, key) in [
             ("memory = 12", "memory:"),
             ("memory = 257", "memory:"),
+            ("memory = 524290", "memory:"),
+            ("memory = 9223372036854775806", "memory:"),
+            ("memory_overhead = 9223372036854775806", "memory_overhead:"),
             ("vcpus = 0", "vcpus:"),
             ("vcpus = 9", "vcpus:"),
             ("max_vcpus = 65", "max_vcpus:"),

@@ -1,7 +1,7 @@
 //! How large a pod's VM is: from its limits, the annotations and the configuration.
 
 use nix::unistd::{SysconfVar, sysconf};
-use sepal_protocol::config::{Config, MIN_MEMORY};
+use sepal_protocol::config::{self, Config, MIN_MEMORY};
 use sepal_protocol::vm::CpuSpec;
 
 use crate::annotations::{self, Annotations};
@@ -14,8 +14,8 @@ const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages
 const GRANULE: u64 = 2 * MIB;
 /// Least memory limit of a container: below it not even a shell starts.
 const MIN_LIMIT: u64 = 4 * MIB;
-/// Most RAM of a VM: 512 GiB.
-const MAX_MEMORY: u64 = 512 << 30;
+/// Most RAM of a VM.
+const MAX_MEMORY: u64 = config::MAX_MEMORY * MIB;
 
 /// The size of a VM.
 #[derive(Debug, Clone, PartialEq, Eq)]
