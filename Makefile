@@ -20,7 +20,7 @@ deps:
 	tests/install-deps
 
 programs: deps
-	cargo build --release --workspace --exclude sepal-tests
+	cargo build --release --workspace --exclude sepal-tests --exclude sepal-fuzz
 
 kernel: deps
 	kernel-config/build $(KERNELS)
