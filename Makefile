@@ -11,7 +11,7 @@ export SEPAL_CACHE ?= /var/cache/sepal
 KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
-.PHONY: build programs kernel image deps lint unit e2e-native e2e-node test test-kubernetes demo bench install node-image clean
+.PHONY: build programs kernel image deps lint unit fuzz e2e-native e2e-node test test-kubernetes demo bench install node-image clean
 
 ## build: programs, guest kernels and guest image
 build: programs kernel image
@@ -48,6 +48,10 @@ lint: deps
 
 unit: deps
 	cargo test --workspace --exclude sepal-tests
+
+## fuzz: long runs of a fuzz target (make fuzz T=vsock FOR=3600), or of all, one after the other
+fuzz: deps
+	fuzz/run $(or $(T),all) $(FOR)
 
 ## test: everything: lint, unit tests, end-to-end tests in the beds this machine can do
 test:
