@@ -1,28 +1,4 @@
-//! `sepal-fs`: the file server of one pod.
-//!
-//! The shim starts one per pod, hands it a listening Unix socket and the pod's share, and passes the
-//! connected end to the VMM, whose virtio-fs device is the vhost-user front end. The program serves
-//! that one front end and ends with it. File operations are those of the `virtiofsd` crate, but for
-//! files without a name ([`files`], [`unnamed`]); what else is ours is how the process is confined ([`confine`], [`filter`]), configured ([`share`]) and tied to
-//! its pod ([`serve`]); how requests
-//! come in and answers go out ([`backend`], [`workers`]).
-//!
-//! What it may be asked by a hostile guest: anything that FUSE can say. What it can reach then: the
-//! share, and nothing else; no other file, no network, no other process.
-
-mod backend;
-mod confine;
-mod files;
-mod filter;
-mod logger;
-mod pressure;
-mod serve;
-mod share;
-mod sys;
-mod unchanged;
-mod unnamed;
-mod volumes;
-mod workers;
+//! `sepal-fs`: the file server of one pod, see the library.
 
 use std::ffi::{CString, OsString};
 use std::os::fd::RawFd;
@@ -33,8 +9,9 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 
-use crate::pressure::Pressure;
-use crate::volumes::Volumes;
+use sepal_fs::pressure::Pressure;
+use sepal_fs::volumes::Volumes;
+use sepal_fs::{confine, filter, logger, serve, share, sys};
 
 /// Serves a directory to a virtual machine over vhost-user.
 #[derive(Debug, Parser)]
