@@ -54,6 +54,9 @@ const TMPFILE: u32 = 51;
 /// Reads and writes: their length tells how long they take.
 const READ: u32 = 15;
 const WRITE: u32 = 16;
+/// Requests for which virtiofsd's server sets the answer's header apart before it looks whether there is
+/// room for one, and panics without: read, readdir, readdirplus.
+const NEED_ROOM: [u32; 3] = [READ, 28, 44];
 /// From this many bytes on copying takes longer than handing over.
 const LARGE: u32 = 64 * 1024;
 
@@ -206,12 +209,16 @@ impl Service {
         let reader = Reader::new(memory, chain.clone()).map_err(|e| e.to_string())?;
         let writer = Writer::new(memory, chain).map_err(|e| e.to_string())?;
         let mut ahead = reader.clone();
-        if let Ok(header) = ahead.read_obj::<InHeader>()
-            && header.opcode == TMPFILE
-        {
-            return self
-                .create_unnamed(header, ahead, writer)
-                .map_err(|e| e.to_string());
+        if let Ok(header) = ahead.read_obj::<InHeader>() {
+            if header.opcode == TMPFILE {
+                return self
+                    .create_unnamed(header, ahead, writer)
+                    .map_err(|e| e.to_string());
+            }
+            let room = writer.available_bytes();
+            if NEED_ROOM.contains(&header.opcode) && room < size_of::<OutHeader>() {
+                return Err(format!("{room} bytes are no room for an answer"));
+            }
         }
         // No window of directly mapped file pages: no requests to the front end.
         self.server

@@ -26,6 +26,14 @@ use crate::volumes::Volumes;
 type Ino = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 
+/// Whether a file can have bytes there (off_t). virtiofsd takes it for granted and panics.
+fn check_offset(offset: u64) -> io::Result<()> {
+    match i64::try_from(offset) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+    }
+}
+
 /// See the module. A copy is the same file system.
 #[derive(Clone)]
 pub struct Files(Arc<Both>);
@@ -374,6 +382,7 @@ impl FileSystem for Files {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
+        check_offset(offset)?;
         if !is_ours(handle) {
             return self
                 .0
@@ -401,6 +410,7 @@ impl FileSystem for Files {
         kill_priv: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        check_offset(offset)?;
         let fs = &self.0.fs;
         if !is_ours(handle) {
             return fs.write(

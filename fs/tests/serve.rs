@@ -358,6 +358,49 @@ fn broken_requests_are_given_back_and_the_next_is_served() {
 }
 
 #[test]
+fn offsets_that_no_file_has_are_refused_and_the_next_request_is_served() {
+    let share = Share::new();
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    let (file, named) = guest.create(guest.top, "file", 0o644).unwrap();
+    let mut body = words(&[libc::O_RDWR as u32, libc::S_IFREG | 0o600, 0, 0]);
+    body.extend(names(&["/"]));
+    let reply = guest.call(TMPFILE, guest.top, &body, Entry::LENGTH + 16);
+    let reply = reply.unwrap();
+    let (unnamed, handle) = (Entry::parse(&reply), u64_at(&reply, 128));
+    for (node, handle) in [(file.node, named), (unnamed.node, handle)] {
+        for offset in [1 << 63, u64::MAX] {
+            let (written, read) = (
+                guest.write(node, handle, offset, b"x"),
+                guest.read(node, handle, offset, 9),
+            );
+            assert_eq!(written, Err(libc::EINVAL));
+            assert_eq!(read, Err(libc::EINVAL));
+        }
+        assert_eq!(guest.write(node, handle, 0, b"text"), Ok(4));
+        assert_eq!(guest.read(node, handle, 0, 9).unwrap(), b"text");
+    }
+}
+
+#[test]
+fn requests_without_room_for_an_answer_are_given_back_and_the_next_is_served() {
+    const READDIR: u32 = 28;
+    let share = Share::new();
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    for opcode in [READ, READDIR, READDIRPLUS] {
+        for room in [0, 1, 15] {
+            let mut request = words(&[80, opcode]);
+            request.extend(longs(&[7, ROOT]));
+            request.extend(words(&[0, 0, 1, 0]));
+            request.extend([0; 40]);
+            assert!(guest.exchange(&request, room).is_empty());
+            assert!(guest.getattr(ROOT).is_ok(), "after operation {opcode}");
+        }
+    }
+}
+
+#[test]
 fn inodes_the_guest_remembers_cost_no_descriptors() {
     const FILES: usize = 25_000;
     let share = Share::new();
