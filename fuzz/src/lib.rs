@@ -8,6 +8,7 @@ pub mod agent;
 pub mod boot;
 pub mod control;
 pub mod devices;
+pub mod fuse;
 pub mod guest;
 pub mod input;
 pub mod machine;
@@ -19,7 +20,7 @@ pub mod texts;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 18] = [
+pub const TARGETS: [Target; 19] = [
     ("agent", agent::agent),
     ("balloon", devices::balloon),
     ("blk", devices::blk),
@@ -27,6 +28,7 @@ pub const TARGETS: [Target; 18] = [
     ("console", devices::console),
     ("control", control::control),
     ("fs", devices::fs),
+    ("fuse", fuse::fuse),
     ("image", boot::image),
     ("limits", pods::limits),
     ("machine", machine::machine),
