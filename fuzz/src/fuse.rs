@@ -195,7 +195,7 @@ impl Guest {
         let before = self.vring.queue_used_idx();
         let seen = self
             .backend
-            .handle_event(0, EventSet::IN, &[self.vring.clone()], 0);
+            .handle_event(0, EventSet::IN, std::slice::from_ref(&self.vring), 0);
         assert!(seen.is_ok() && before.is_ok());
         let used = self.vring.queue_used_idx().expect("rings lie in RAM");
         assert_eq!(used, self.sent, "each request is given back, once");

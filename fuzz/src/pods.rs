@@ -148,8 +148,10 @@ pub fn pod_spec(data: &[u8]) {
 pub fn limits(data: &[u8]) {
     let mut input = Input::new(data);
     let annotations = annotations(&mut input);
-    let mut config = Config::default();
-    config.max_vcpus = 1 + input.byte() % 64;
+    let config = Config {
+        max_vcpus: 1 + input.byte() % 64,
+        ..Config::default()
+    };
     let cri = CriResources::of(&annotations);
     let told = resources(&mut input).map_or_else(Limits::default, |given| Limits::of(Some(&given)));
     let alone = Role::of(&annotations) == Role::Alone;
