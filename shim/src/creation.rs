@@ -128,10 +128,10 @@ impl Pod {
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
         let share = self.share.clone();
-        let (id, bundle, binds) = (asked.id.clone(), asked.bundle.clone(), plan.binds.clone());
+        let (id, root, binds) = (asked.id.clone(), plan.root.clone(), plan.binds.clone());
         let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
         // The VM boots meanwhile.
-        tokio::task::spawn_blocking(move || share.add(&id, &bundle, &mounts, &binds))
+        tokio::task::spawn_blocking(move || share.add(&id, &root, &mounts, &binds))
             .await
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");

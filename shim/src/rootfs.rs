@@ -41,8 +41,8 @@ pub enum Error {
         from: String,
         reason: String,
     },
-    #[error("root file system: containerd gave no mounts and the bundle has no rootfs directory")]
-    None,
+    #[error("root file system: containerd gave no mounts and {} is no directory", .0.display())]
+    None(PathBuf),
     #[error("volume {}: cannot mount it into the pod: {source}", .source_path.display())]
     Volume {
         source_path: PathBuf,
@@ -111,7 +111,7 @@ impl Share {
         &self.root
     }
 
-    /// Mounts a container's root file system and makes the mount points of its volumes. Leaves
+    /// Mounts a container's root file system, `root` where no mounts are given for it, and makes the mount points of its volumes. Leaves
     /// nothing behind when it fails.
     ///
     /// # Errors
@@ -119,11 +119,11 @@ impl Share {
     pub fn add(
         &self,
         container: &str,
-        bundle: &Path,
+        root: &Path,
         mounts: &[RootMount],
         binds: &[Bind],
     ) -> Result<(), Error> {
-        let added = self.try_add(container, bundle, mounts, binds);
+        let added = self.try_add(container, root, mounts, binds);
         if added.is_err() {
             self.remove(container);
         }
@@ -133,7 +133,7 @@ impl Share {
     fn try_add(
         &self,
         container: &str,
-        bundle: &Path,
+        root: &Path,
         mounts: &[RootMount],
         binds: &[Bind],
     ) -> Result<(), Error> {
@@ -141,15 +141,14 @@ impl Share {
         let rootfs = directory.join(paths::ROOTFS);
         make_directory(&rootfs)?;
         if mounts.is_empty() {
-            let own = bundle.join("rootfs");
-            if !own.is_dir() {
-                return Err(Error::None);
+            if !root.is_dir() {
+                return Err(Error::None(root.into()));
             }
             let options = BindOptions {
                 recursive: true,
                 ..BindOptions::default()
             };
-            sys::bind(&own, &rootfs, options).map_err(io("mount", &own))?;
+            sys::bind(root, &rootfs, options).map_err(io("mount", root))?;
         }
         for entry in mounts {
             mount_root(entry, &rootfs)?;
@@ -435,8 +434,10 @@ mod tests {
             source: "/nonexistent".into(),
             ..binds[0].clone()
         };
-        let failed = share.add("c2", volume.path(), &[], &[absent]).unwrap_err();
-        assert!(matches!(failed, Error::None), "{failed}");
+        let failed = share
+            .add("c2", Path::new("/nonexistent"), &[], &[absent])
+            .unwrap_err();
+        assert!(matches!(failed, Error::None(_)), "{failed}");
         assert!(!share.path().join("c2").exists());
 
         share.remove_all();
@@ -530,7 +531,9 @@ mod tests {
         };
         let (own, binds) = (tempfile::tempdir().unwrap(), [bind(true), bind(false)]);
         std::fs::create_dir(own.path().join("rootfs")).unwrap();
-        share.add("c1", own.path(), &[], &binds).unwrap();
+        share
+            .add("c1", &own.path().join("rootfs"), &[], &binds)
+            .unwrap();
         let pidfd = sys::pidfd_open(server.0.id()).unwrap();
         share.attach("c1", &binds, pidfd.as_fd()).unwrap();
 

@@ -143,6 +143,8 @@ pub enum Kept {
 pub struct Plan {
     /// For the agent.
     pub guest: Spec,
+    /// The root file system on the host, where no mounts are given for it.
+    pub root: PathBuf,
     /// In the order of their names below `mounts/`.
     pub binds: Vec<Bind>,
     /// Volumes that the guest has copies of.
@@ -244,17 +246,16 @@ impl Plan {
     ) -> Result<Self, Error> {
         process(&spec)?;
         let in_guest = Path::new(paths::guest::SHARE).join(container);
-        let read_only = spec
-            .root()
-            .as_ref()
-            .and_then(|r| r.readonly())
-            .unwrap_or(false);
-        let root = RootBuilder::default()
+        let given = spec.root().as_ref();
+        // Relative to the bundle (runtime-spec, config.md, "Root").
+        let root = bundle.join(given.map_or(Path::new(paths::ROOTFS), |given| given.path()));
+        let read_only = given.and_then(|given| given.readonly()).unwrap_or(false);
+        let in_share = RootBuilder::default()
             .path(in_guest.join(paths::ROOTFS))
             .readonly(read_only)
             .build()
             .ok();
-        spec.set_root(root);
+        spec.set_root(in_share);
         take_host_hooks(&mut spec);
         let pid_namespace_of = pid_namespace_of(&spec, role);
         let shared_namespaces = share_namespaces(&mut spec, role)?;
@@ -299,6 +300,7 @@ impl Plan {
         }
         Ok(Self {
             guest: spec,
+            root,
             binds,
             copies,
             memory,

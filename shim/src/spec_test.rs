@@ -46,6 +46,18 @@ fn the_root_becomes_a_guest_path_and_stays_read_only() {
 }
 
 #[test]
+fn the_root_is_the_specs_or_the_bundles() {
+    for (given, expected) in [
+        (json!({}), "/bundle/rootfs"),
+        (json!({ "root": { "path": "files" } }), "/bundle/files"),
+        (json!({ "root": { "path": "/srv/files" } }), "/srv/files"),
+    ] {
+        let plan = plan(given, &Role::Alone).unwrap();
+        assert_eq!(plan.root, Path::new(expected));
+    }
+}
+
+#[test]
 fn binds_are_numbered_and_keep_their_options() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");

@@ -28,6 +28,22 @@ fn exit_codes_come_through() {
 
 #[test]
 #[ignore = "needs a bed: tests/run"]
+fn a_root_file_system_may_be_any_directory() {
+    let bed = Bed::get();
+    let scratch = bed.scratch();
+    let (root, image) = (scratch.file("root"), scratch.file("image"));
+    let copy = format!(
+        "mkdir {root} {image} && ctr image mount {} {image} && cp -a {image}/. {root} && ctr image unmount --rm {image}",
+        bed.busybox()
+    );
+    bed.sh(&copy).run().success();
+    let line = ["sh", "-c", "echo written >/file"];
+    bed.ctr_run(&["--rootfs"], &root, line).success();
+    assert_eq!(bed.read(&format!("{root}/file")), "written\n");
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
 fn death_by_a_signal_is_128_and_its_number() {
     let bed = Bed::get();
     // The first process of a pid namespace is deaf to signals it sends to itself, so the one that
