@@ -59,10 +59,10 @@ pub enum Error {
         got: u64,
     },
     #[error(
-        "huge pages: {wanted} MiB are wanted in this pod and {got} MiB can be had; set more aside on \
-         the node (vm.nr_hugepages) before the pod is made"
+        "huge pages: {wanted} MiB are wanted in this pod and the node has not as many left; set more \
+         aside on it (vm.nr_hugepages) before the pod is made"
     )]
-    NoHugePages { wanted: u64, got: u64 },
+    NoHugePages { wanted: u64 },
 }
 
 const MEMORY: &str = "memory in MiB";
@@ -357,13 +357,12 @@ async fn grow_memory(up: &Up, target: u64) -> Result<()> {
 
 /// Lets the guest have so many bytes of the host's huge pages, and keep as many of its own for programs.
 async fn keep_huge_pages(up: &Up, bytes: u64) -> Result<()> {
-    let short = |got: u64| Error::NoHugePages {
+    let short = Error::NoHugePages {
         wanted: bytes / MIB,
-        got: got / MIB,
     };
     let before = up.vm.state().await?;
     if bytes > before.huge_pluggable {
-        return Err(short(before.huge_pluggable).into());
+        return Err(short.into());
     }
     let size = bytes.next_multiple_of(HUGE_PAGE);
     up.vm.ask(&Request::PlugHugePages { size }).await?;
@@ -373,10 +372,9 @@ async fn keep_huge_pages(up: &Up, bytes: u64) -> Result<()> {
         ..Default::default()
     };
     let end = Instant::now() + PATIENCE;
-    let mut kept = 0;
     // What is plugged comes to the guest's free memory a little later.
     while state.huge_plugged >= size && Instant::now() < end {
-        kept = up.agent.keep_huge_pages(&wanted).await?.count;
+        let kept = up.agent.keep_huge_pages(&wanted).await?.count;
         if kept >= wanted.count {
             return Ok(());
         }
@@ -390,8 +388,7 @@ async fn keep_huge_pages(up: &Up, bytes: u64) -> Result<()> {
     };
     up.agent.keep_huge_pages(&earlier).await?;
     up.vm.ask(&Request::PlugHugePages { size }).await?;
-    let got = kept.saturating_mul(HUGE_PAGE).max(state.huge_plugged);
-    Err(short(got.min(bytes.saturating_sub(1))).into())
+    Err(short.into())
 }
 
 /// Takes memory from the guest until it has no more than `target` bytes: what was plugged, and into the balloon what

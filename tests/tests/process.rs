@@ -38,8 +38,8 @@ fn a_root_file_system_may_be_any_directory() {
     );
     bed.sh(&copy).run().success();
     let line = ["sh", "-c", "echo written >/file"];
-    bed.ctr_run(&["--rootfs"], &root, line).success();
-    assert_eq!(bed.read(&format!("{root}/file")), "written\n");
+    bed.ctr_run(&["--rootfs"], &root, line).run().success();
+    assert_eq!(bed.read(&format!("{root}/file")), "written");
 }
 
 #[test]
