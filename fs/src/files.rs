@@ -46,6 +46,21 @@ struct Both {
     timeout: Duration,
 }
 
+impl Both {
+    /// The guest has started anew.
+    fn clear(&self) {
+        self.unnamed.clear();
+        self.volumes.clear();
+        self.unchanged.clear();
+    }
+
+    /// The guest forgets `count` lookups of one of virtiofsd's inodes.
+    fn forget(&self, inode: Ino, count: u64) {
+        self.volumes.forget(inode, count);
+        self.unchanged.forget(inode);
+    }
+}
+
 impl Files {
     /// `proc` is /proc/self/fd; at most so many files without a name; how long attributes hold, if
     /// not in a volume.
@@ -169,16 +184,12 @@ impl FileSystem for Files {
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        self.0.unnamed.clear();
-        self.0.volumes.clear();
-        self.0.unchanged.clear();
+        self.0.clear();
         self.0.fs.init(capable)
     }
 
     fn destroy(&self) {
-        self.0.unnamed.clear();
-        self.0.volumes.clear();
-        self.0.unchanged.clear();
+        self.0.clear();
         self.0.fs.destroy();
     }
 
@@ -193,8 +204,7 @@ impl FileSystem for Files {
             // It is told to the guest once, when it is made.
             self.0.unnamed.remove(inode);
         } else {
-            self.0.volumes.forget(inode, count);
-            self.0.unchanged.forget(inode);
+            self.0.forget(inode, count);
             self.0.fs.forget(ctx, inode, count);
         }
     }
@@ -206,8 +216,7 @@ impl FileSystem for Files {
             self.0.unnamed.remove(inode);
         }
         for (inode, count) in &theirs {
-            self.0.volumes.forget(*inode, *count);
-            self.0.unchanged.forget(*inode);
+            self.0.forget(*inode, *count);
         }
         self.0.fs.batch_forget(ctx, theirs);
     }

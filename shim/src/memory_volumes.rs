@@ -1,8 +1,9 @@
 //! Volumes that are memory: emptyDir with `medium: Memory` or `medium: HugePages`.
 //!
-//! The kubelet mounts a tmpfs or a hugetlbfs for one, empty, and containers of the pod get it or directories of it
-//! (`subPath`). In a VM that must be the guest's own: pages of the host's would be counted where no limit of
-//! the pod knows of them, and go through the file server. So the guest makes one of the same size, and only what the kubelet has decided is taken over: names, owners, permissions. The
+//! The kubelet mounts a tmpfs or a hugetlbfs for one, empty, and containers of the pod get it or
+//! directories of it (`subPath`). In a VM that must be the guest's own: pages of the host's would be
+//! counted where no limit of the pod knows of them, and go through the file server. So the guest makes one
+//! of the same size, and only what the kubelet has decided is taken over: names, owners, permissions. The
 //! host's stays empty.
 
 use std::fs::File;

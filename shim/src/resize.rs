@@ -367,10 +367,11 @@ async fn keep_huge_pages(up: &Up, bytes: u64) -> Result<()> {
     let size = bytes.next_multiple_of(HUGE_PAGE);
     up.vm.ask(&Request::PlugHugePages { size }).await?;
     let state = settle(up, PATIENCE, |state| state.huge_plugged >= size).await?;
-    let wanted = messages::HugePages {
-        count: size / HUGE_PAGE,
+    let pages = |bytes: u64| messages::HugePages {
+        count: bytes / HUGE_PAGE,
         ..Default::default()
     };
+    let wanted = pages(size);
     let end = Instant::now() + PATIENCE;
     // What is plugged comes to the guest's free memory a little later.
     while state.huge_plugged >= size && Instant::now() < end {
@@ -382,11 +383,7 @@ async fn keep_huge_pages(up: &Up, bytes: u64) -> Result<()> {
     }
     // As it was.
     let size = before.huge_plugged;
-    let earlier = messages::HugePages {
-        count: size / HUGE_PAGE,
-        ..Default::default()
-    };
-    up.agent.keep_huge_pages(&earlier).await?;
+    up.agent.keep_huge_pages(&pages(size)).await?;
     up.vm.ask(&Request::PlugHugePages { size }).await?;
     Err(short.into())
 }

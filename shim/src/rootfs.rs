@@ -111,8 +111,8 @@ impl Share {
         &self.root
     }
 
-    /// Mounts a container's root file system, `root` where no mounts are given for it, and makes the mount points of its volumes. Leaves
-    /// nothing behind when it fails.
+    /// Mounts a container's root file system, `root` where no mounts are given for it, and makes the mount
+    /// points of its volumes. Leaves nothing behind when it fails.
     ///
     /// # Errors
     /// What containerd gave cannot be mounted.

@@ -232,6 +232,12 @@ impl Bed {
         self.command(["cat", path]).run().success().out()
     }
 
+    /// Has the node set so many huge pages of 2 MiB aside.
+    pub fn set_huge_pages(&self, count: u32) -> Outcome {
+        let line = format!("echo {count} >/proc/sys/vm/nr_hugepages");
+        self.sh(&line).run()
+    }
+
     /// Its containerd: `stop`, `kill`, `start` or `restart`.
     pub fn containerd(&self, verb: &str) -> Outcome {
         self.control(["containerd", verb]).run()

@@ -8,20 +8,14 @@ struct SetAside<'bed>(&'bed Bed);
 
 impl<'bed> SetAside<'bed> {
     fn new(bed: &'bed Bed, count: u32) -> Self {
-        let this = Self(bed);
-        this.set(count);
-        this
-    }
-
-    fn set(&self, count: u32) {
-        let line = format!("echo {count} >/proc/sys/vm/nr_hugepages");
-        self.0.sh(&line).run();
+        bed.set_huge_pages(count);
+        Self(bed)
     }
 }
 
 impl Drop for SetAside<'_> {
     fn drop(&mut self) {
-        self.set(0);
+        self.0.set_huge_pages(0);
     }
 }
 

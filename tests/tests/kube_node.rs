@@ -239,8 +239,7 @@ impl<'cluster> HugePages<'cluster> {
 
     fn set(&self, count: u32) {
         self.0.daemon("stop", "kubelet");
-        let line = format!("echo {count} >/proc/sys/vm/nr_hugepages");
-        self.0.bed().sh(&line).run().success();
+        self.0.bed().set_huge_pages(count).success();
         self.0.daemon("start", "kubelet");
     }
 }

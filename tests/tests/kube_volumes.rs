@@ -2,6 +2,26 @@
 
 use sepal_tests::{Cluster, LoopDevice, eventually, seconds, watch};
 
+/// A pod that runs a line of shell with what is claimed as `claim`, under the name `disk` in `uses`.
+fn claimant(name: &str, line: &str, uses: &str) -> String {
+    format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{ name: {name} }}
+spec:
+  runtimeClassName: sepal
+  restartPolicy: Never
+  containers:
+    - name: main
+      image: busybox
+      command: [sh, -c, '{line}']
+      {uses}
+  volumes: [{{ name: disk, persistentVolumeClaim: {{ claimName: claim }} }}]
+"#
+    )
+}
+
 #[test]
 #[ignore = "needs a cluster: tests/kube/run"]
 fn the_environment_and_the_downward_api() {
@@ -216,24 +236,8 @@ fn a_claimed_block_device_is_one_in_the_container() {
     let namespace = cluster.namespace();
     let _volume = namespace.offer(disk.path(), "Block");
     namespace.claim("Block");
-    let user = |name: &str, line: &str| {
-        format!(
-            r#"
-apiVersion: v1
-kind: Pod
-metadata: {{ name: {name} }}
-spec:
-  runtimeClassName: sepal
-  restartPolicy: Never
-  containers:
-    - name: main
-      image: busybox
-      command: [sh, -c, '{line}']
-      volumeDevices: [{{ name: disk, devicePath: /dev/xvda }}]
-  volumes: [{{ name: disk, persistentVolumeClaim: {{ claimName: claim }} }}]
-"#
-        )
-    };
+    let disk = "volumeDevices: [{ name: disk, devicePath: /dev/xvda }]";
+    let user = |name: &str, line: &str| claimant(name, line, disk);
     let write = "blockdev --getsz /dev/xvda; echo kept | dd of=/dev/xvda bs=512 seek=100 conv=fsync,notrunc 2>/dev/null";
     assert_eq!(namespace.run("first", &user("first", write)), "131072");
     namespace.pod("first").delete(&[]);
@@ -523,24 +527,8 @@ fn a_claim_keeps_its_files_from_pod_to_pod() {
         .success();
     let _volume = namespace.offer(&scratch.file("disk"), "Filesystem");
     namespace.claim("Filesystem");
-    let user = |name: &str, line: &str| {
-        format!(
-            r#"
-apiVersion: v1
-kind: Pod
-metadata: {{ name: {name} }}
-spec:
-  runtimeClassName: sepal
-  restartPolicy: Never
-  containers:
-    - name: main
-      image: busybox
-      command: [sh, -c, '{line}']
-      volumeMounts: [{{ name: disk, mountPath: /disk, subPath: part }}]
-  volumes: [{{ name: disk, persistentVolumeClaim: {{ claimName: claim }} }}]
-"#
-        )
-    };
+    let disk = "volumeMounts: [{ name: disk, mountPath: /disk, subPath: part }]";
+    let user = |name: &str, line: &str| claimant(name, line, disk);
     namespace.run("first", &user("first", "echo kept >/disk/file"));
     namespace.pod("first").delete(&[]);
     assert_eq!(

@@ -1,7 +1,7 @@
 //! Guest memory that is given back to the host, or taken from it.
 //!
-//! What is given back is cut out of the memfd behind guest RAM: the pages are the host's at once, in every process that
-//! has RAM mapped, and read as zero when the guest touches them again.
+//! What is given back is cut out of the memfd behind guest RAM: the pages are the host's at once, in every
+//! process that has RAM mapped, and read as zero when the guest touches them again.
 
 use std::os::fd::AsFd;
 
