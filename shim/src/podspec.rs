@@ -178,8 +178,7 @@ impl PodSpec {
     }
 }
 
-/// Refuses namespaces of the host's that a VM cannot have. PID and IPC namespaces "of the node" are
-/// the guest's.
+/// Refuses namespaces of the host's that a VM cannot have, as [`spec`] does for pods with a container.
 fn check_namespaces(wanted: &PodSandboxConfig) -> Result<()> {
     let linux = wanted.linux.get_or_default();
     let security = linux.security_context.get_or_default();
@@ -187,6 +186,12 @@ fn check_namespaces(wanted: &PodSandboxConfig) -> Result<()> {
     let node = EnumOrUnknown::new(NamespaceMode::NODE);
     if namespaces.network == node {
         return Err(spec::Error::HostNetwork.into());
+    }
+    if namespaces.pid == node {
+        return Err(spec::Error::HOST_PID.into());
+    }
+    if namespaces.ipc == node {
+        return Err(spec::Error::HOST_IPC.into());
     }
     match namespaces.userns_options.as_ref() {
         Some(users) if users.mode != node => Err(spec::Error::UserNamespace.into()),

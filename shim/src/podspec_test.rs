@@ -114,6 +114,14 @@ fn what_a_vm_cannot_be_is_refused_in_a_sentence() {
         network: of_node,
         ..Default::default()
     });
+    let host_pid = with_namespaces(NamespaceOption {
+        pid: of_node,
+        ..Default::default()
+    });
+    let host_ipc = with_namespaces(NamespaceOption {
+        ipc: of_node,
+        ..Default::default()
+    });
     let users = with_namespaces(NamespaceOption {
         userns_options: protobuf::MessageField::some(UserNamespace::new()),
         ..Default::default()
@@ -128,6 +136,8 @@ fn what_a_vm_cannot_be_is_refused_in_a_sentence() {
     };
     for (config, text) in [
         (host_network, "the host's network cannot be shared"),
+        (host_pid, "hostPID"),
+        (host_ipc, "hostIPC"),
         (users, "hostUsers: false"),
         (long_name, "host name"),
         (unknown, "io.sepal.kernel is not known"),

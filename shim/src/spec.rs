@@ -109,6 +109,19 @@ pub enum Error {
     SourceMissing { destination: PathBuf },
 }
 
+impl Error {
+    /// The host's shared memory and semaphores are wanted.
+    pub const HOST_IPC: Self = Self::HostNamespace {
+        kind: "IPC",
+        option: "--ipc=host or hostIPC",
+    };
+    /// The host's processes are wanted.
+    pub const HOST_PID: Self = Self::HostNamespace {
+        kind: "PID",
+        option: "--pid=host or hostPID",
+    };
+}
+
 /// The network namespace of a pod.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Network {
@@ -513,12 +526,9 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
 /// of theirs is absent.
 fn refuse_host_namespaces(namespaces: &[LinuxNamespace]) -> Result<(), Error> {
     use LinuxNamespaceType::{Ipc, Pid};
-    for (wanted, kind, option) in [
-        (Ipc, "IPC", "--ipc=host or hostIPC"),
-        (Pid, "PID", "--pid=host or hostPID"),
-    ] {
-        if namespaces.iter().all(|n| n.typ() != wanted) {
-            return Err(Error::HostNamespace { kind, option });
+    for (kind, error) in [(Ipc, Error::HOST_IPC), (Pid, Error::HOST_PID)] {
+        if namespaces.iter().all(|n| n.typ() != kind) {
+            return Err(error);
         }
     }
     Ok(())
