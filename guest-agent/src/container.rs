@@ -16,7 +16,6 @@ use crate::cgroup::{self, Cgroup};
 use crate::devices;
 use crate::error::{Context, Error, Result};
 use crate::events::{Events, OomWatch};
-use crate::guest;
 use crate::launch::{self, Job, Kind, Launched};
 use crate::memory_volumes;
 use crate::mounts::{mount_block, mounts_of, remove_directory, share_path, unmount};
@@ -120,7 +119,6 @@ impl Container {
             let nodes = Nodes::of(&request.disks).await?;
             let plan = {
                 let facts = Facts {
-                    cpus: guest::cpus_present(),
                     cgroup_file: &|name| cgroup.path().join(name).exists(),
                     device: &|device| nodes.find(device),
                 };

@@ -6,9 +6,9 @@ use oci_spec::runtime::LinuxResources;
 
 use crate::cgroup::Cgroup;
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::plan::{self, Facts};
 use crate::reaper::Reaper;
-use crate::{guest, launch};
 
 /// Sets limits of the container `id` anew: OCI `LinuxResources` as JSON.
 ///
@@ -36,7 +36,6 @@ fn read(id: &str, cgroup: &Cgroup, resources: &[u8]) -> Result<LinuxResources> {
     let mut resources: LinuxResources = serde_json::from_slice(resources)
         .map_err(|error| Error::Invalid(format!("the resources cannot be read: {error}")))?;
     let facts = Facts {
-        cpus: guest::cpus_present(),
         cgroup_file: &|name| cgroup.path().join(name).exists(),
         device: &|_| None,
     };

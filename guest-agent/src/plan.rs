@@ -21,8 +21,6 @@ pub type DeviceNode = (LinuxDeviceType, i64, i64);
 
 /// What a plan depends on in the guest.
 pub struct Facts<'a> {
-    /// CPUs that the guest has, online or not; they are numbered from 0.
-    pub cpus: u32,
     /// Whether a file exists in the container's cgroup directory.
     pub cgroup_file: &'a dyn Fn(&str) -> bool,
     /// What a device of the spec is in the guest.
@@ -422,18 +420,8 @@ pub fn adapt_resources(
     }
     if let Some(mut cpu) = resources.cpu().clone() {
         cpu.set_realtime_runtime(None).set_realtime_period(None);
-        if cpu
-            .cpus()
-            .as_ref()
-            .is_some_and(|cpus| !all_below(cpus, facts.cpus))
-        {
-            cpu.set_cpus(None);
-            left_out.push("the CPU set, which names CPUs that the guest does not have".into());
-        }
-        if cpu.mems().as_ref().is_some_and(|mems| !all_below(mems, 1)) {
-            cpu.set_mems(None);
-            left_out.push("the memory nodes, of which the guest has one".into());
-        }
+        // They are the host's, which keeps the whole pod on them.
+        cpu.set_cpus(None).set_mems(None);
         // Zero means "not set" in specs made by Go programs; libcontainer would write it.
         if cpu.period() == Some(0) {
             cpu.set_period(None);
@@ -496,17 +484,6 @@ pub fn adapt_resources(
         });
         resources.set_unified(Some(unified));
     }
-}
-
-/// Whether a list of numbers such as "0-2,5" has only numbers below `end`.
-fn all_below(list: &str, end: u32) -> bool {
-    list.split(',')
-        .map(str::trim)
-        .filter(|part| !part.is_empty())
-        .all(|part| {
-            part.split('-')
-                .all(|number| number.parse::<u32>().is_ok_and(|number| number < end))
-        })
 }
 
 fn adapt_mount(mount: &Mount) -> Result<Mount> {

@@ -38,7 +38,6 @@ fn plan_of(json: &str, shared: &[&str]) -> Result<Plan> {
         .into_iter()
         .collect();
     let facts = Facts {
-        cpus: 2,
         cgroup_file: &|name| files.contains(name),
         device: &|device| {
             (device.path() == Path::new("/dev/fuse")).then_some((LinuxDeviceType::C, 10, 230))
@@ -252,13 +251,4 @@ fn what_is_wrong_is_named() {
     let no_process = r#"{"ociVersion": "1.2.0", "root": {"path": "r"}}"#;
     let error = plan_of(no_process, &[]).unwrap_err().to_string();
     assert_eq!(error, "the OCI spec has no process");
-}
-
-#[test]
-fn cpu_lists() {
-    assert!(all_below("0-1", 2));
-    assert!(all_below("0,1", 2));
-    assert!(!all_below("0-2", 2));
-    assert!(!all_below("x", 2));
-    assert!(all_below("", 2));
 }

@@ -7,6 +7,8 @@
 use std::io::ErrorKind;
 use std::path::{Component, Path, PathBuf};
 
+use crate::placement::Placement;
+
 /// Why the pod has no cgroup.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "each variant's text is its documentation")]
@@ -165,13 +167,51 @@ impl Cgroup {
             };
             std::fs::create_dir_all(directory).map_err(io("make it"))?;
             inherit_cpuset(directory);
-            enable_controllers(directory);
+            enable(directory, &["cpu", "memory", "pids", "io"]);
             for pid in pids {
                 match std::fs::write(directory.join("cgroup.procs"), pid.to_string()) {
                     Ok(()) => {}
                     // The process has ended meanwhile; whoever waits for it says so.
                     Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
                     Err(e) => return Err(io("move a process into it")(e)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Confines the pod to CPUs and memory nodes of the node's, or lifts that.
+    ///
+    /// # Errors
+    /// The kernel refuses: it has none of them, or those above have others.
+    pub fn place(&self, placement: &Placement) -> Result<(), Error> {
+        for directory in &self.directories {
+            let v2 = directory.join("cgroup.controllers").exists();
+            if v2 {
+                enable(directory, &["cpuset"]);
+            } else if !directory.join("cpuset.cpus").exists() {
+                continue;
+            }
+            for (file, set) in [
+                ("cpuset.cpus", &placement.cpus),
+                ("cpuset.mems", &placement.mems),
+            ] {
+                let path = directory.join(file);
+                // Without a set of its own it has that of those above; v1 wants it written down.
+                let value = match set {
+                    Some(set) => set.to_string(),
+                    None if v2 => "\n".into(),
+                    None => directory
+                        .parent()
+                        .and_then(|parent| std::fs::read_to_string(parent.join(file)).ok())
+                        .unwrap_or_default(),
+                };
+                match std::fs::write(&path, value) {
+                    Err(source) if set.is_some() => {
+                        let what = "place the pod on its CPUs or memory nodes";
+                        return Err(Error::Io { what, path, source });
+                    }
+                    _ => {}
                 }
             }
         }
@@ -234,7 +274,7 @@ fn remove_directory(directory: &Path) {
 
 /// A v2 cgroup has the controllers that its parents hand down. What cannot be had is left out: the
 /// pod is held all the same, only less of it is counted.
-fn enable_controllers(directory: &Path) {
+fn enable(directory: &Path, controllers: &[&str]) {
     let Some(root) = hierarchy_root(directory) else {
         return;
     };
@@ -247,7 +287,7 @@ fn enable_controllers(directory: &Path) {
         .take_while(|p| p.starts_with(&root))
         .collect();
     for parent in parents.into_iter().rev() {
-        for controller in ["cpu", "memory", "pids", "io"] {
+        for controller in controllers {
             let _ = std::fs::write(
                 parent.join("cgroup.subtree_control"),
                 format!("+{controller}"),

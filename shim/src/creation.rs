@@ -19,6 +19,7 @@ use crate::hooks;
 use crate::limits::{self, Limits};
 use crate::memory_volumes;
 use crate::pod::{self, Pod};
+use crate::resize::Demand;
 use crate::rootfs::RootMount;
 use crate::service::run_poststop;
 use crate::spec::{self, Kept, Plan};
@@ -62,7 +63,7 @@ impl Pod {
         asked.wanted.size = spec::console_size(spec.process().as_ref());
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
-        let limits = Limits::of(resources);
+        let demand = Demand::of(resources, &role);
         let refused = Limits::foreign_huge_pages(resources).map(|size| Error::Invalid {
             what: "huge pages",
             reason: format!("a pod cannot have any of {size}, only of 2MB"),
@@ -75,15 +76,18 @@ impl Pod {
         };
         let plan = match refused {
             Some(refused) => Err(refused),
-            None => Plan::new(spec, &asked.id, &role, &asked.bundle, &kept).map_err(Error::from),
+            None => demand.and_then(|demand| {
+                let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &kept)?;
+                Ok((plan, demand))
+            }),
         };
         let created = match plan {
-            Ok(mut plan) => {
+            Ok((mut plan, demand)) => {
                 if self.spec.bare {
                     plan.complete(self.spec.files.keys().map(String::as_str));
                 }
                 let hooks = (&host_hooks, &hook_state);
-                self.try_create(&asked, plan, &devices, first, limits, hooks)
+                self.try_create(&asked, plan, &devices, first, demand, hooks)
                     .await
             }
             Err(e) => Err(e),
@@ -123,7 +127,7 @@ impl Pod {
         plan: Plan,
         devices: &[disks::Wanted],
         first: bool,
-        limits: Limits,
+        demand: Demand,
         (host_hooks, hook_state): (&Hooks, &hooks::State),
     ) -> Result<u32> {
         self.record(|record| record.containers.push(asked.id.clone()));
@@ -136,7 +140,7 @@ impl Pod {
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");
         let account = limits::account(&asked.id, &hook_state.annotations);
-        self.admit(&account, limits).await?;
+        self.admit(&account, demand).await?;
         // Streams are conversations with the guest, which has time for them while it is set up.
         let agent = self.agent().await?;
         let namespace = &self.identity.namespace;

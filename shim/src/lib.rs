@@ -24,6 +24,7 @@ pub mod logger;
 pub mod memory_volumes;
 pub mod mirror;
 pub mod network;
+pub mod placement;
 pub mod pod;
 pub mod podspec;
 pub mod resize;

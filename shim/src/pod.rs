@@ -456,6 +456,11 @@ impl Pod {
         *removed = true;
     }
 
+    /// Its cgroup on the host, once it has one.
+    pub(crate) fn cgroup(&self) -> Option<&Cgroup> {
+        self.cgroup.get()
+    }
+
     /// Removes what the pod has made, once its VM is gone.
     pub async fn sweep(&self) {
         let (directory, cgroup) = (self.directory.clone(), self.cgroup.get().cloned());

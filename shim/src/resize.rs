@@ -14,6 +14,7 @@ use sepal_protocol::control::{Request, VmState};
 use crate::annotations::Role;
 use crate::error::{Error as Failure, Result};
 use crate::limits::{Ledger, Limits};
+use crate::placement::{Placement, Places};
 use crate::pod::Pod;
 use crate::podspec::PodSpec;
 use crate::size::{Host, Size};
@@ -68,11 +69,37 @@ pub enum Error {
 const MEMORY: &str = "memory in MiB";
 const CPUS: &str = "CPUs";
 
-/// How large a VM is while it runs, and what for.
+/// What a container asks of its pod.
+#[derive(Debug, Clone, Default)]
+pub struct Demand {
+    /// How much it may use.
+    pub limits: Limits,
+    /// Where it is to be; of a pause container, which takes no time, nothing.
+    pub placement: Option<Placement>,
+}
+
+impl Demand {
+    /// That of a container's spec.
+    ///
+    /// # Errors
+    /// A list of CPUs or memory nodes that is none.
+    pub fn of(resources: Option<&LinuxResources>, role: &Role) -> Result<Self> {
+        let placement = Placement::of(resources)?;
+        let anywhere = placement == Placement::default();
+        Ok(Self {
+            limits: Limits::of(resources),
+            placement: Some(placement).filter(|_| *role != Role::Sandbox || !anywhere),
+        })
+    }
+}
+
+/// How large a VM is while it runs, what for, and where.
 #[derive(Debug)]
 pub struct Extent {
     /// Who may use how much of it.
     pub ledger: Ledger,
+    /// Who is to be where.
+    pub places: Places,
     target: Target,
 }
 
@@ -105,6 +132,7 @@ impl Extent {
     pub fn of(spec: &PodSpec) -> Self {
         Self {
             ledger: Ledger::new(spec.totals, spec.role == Role::Alone),
+            places: Places::default(),
             target: Target::of(&spec.size),
         }
     }
@@ -130,8 +158,12 @@ impl Pod {
             &container.account,
             ledger.get(&container.account).changed(&given),
         );
+        let mut places = extent.places.clone();
+        let placement = places.get(&container.account).changed(&given)?;
+        places.set(&container.account, placement);
         let (before, target) = (extent.target, self.target(&ledger)?);
         self.check(&up, before, target).await?;
+        self.place(&mut extent, places).await?;
         self.grow(&up, before, target).await?;
         let request = messages::UpdateContainerRequest {
             container_id: id.into(),
@@ -157,15 +189,21 @@ impl Pod {
         shrunk
     }
 
-    /// Counts a container that is being made, and gives the VM the huge pages that it wants. One that
-    /// comes again with other limits, as after a restart by Kubernetes, changes the VM.
+    /// Counts a container that is being made, puts the pod where it is to be, and gives the VM the huge
+    /// pages that it wants. One that comes again with other limits, as after a restart by Kubernetes,
+    /// changes the VM.
     ///
     /// # Errors
-    /// There are not as many huge pages.
-    pub(crate) async fn admit(&self, account: &str, limits: Limits) -> Result<()> {
+    /// There are not as many huge pages, or not these CPUs.
+    pub(crate) async fn admit(&self, account: &str, demand: Demand) -> Result<()> {
         let mut extent = self.extent.lock().await;
+        if let Some(placement) = demand.placement {
+            let mut places = extent.places.clone();
+            places.set(account, placement);
+            self.place(&mut extent, places).await?;
+        }
         let before = extent.ledger.clone();
-        extent.ledger.set(account, limits);
+        extent.ledger.set(account, demand.limits);
         let huge = extent.ledger.huge();
         if huge > before.huge()
             && let Err(e) = keep_huge_pages(&*self.up().await?, huge).await
@@ -190,6 +228,20 @@ impl Pod {
         if let Err(e) = done {
             tracing::warn!("the pod's size does not follow a new container's limits: {e}");
         }
+        Ok(())
+    }
+
+    /// Puts the pod where its containers are to be by these accounts.
+    async fn place(&self, extent: &mut Extent, places: Places) -> Result<()> {
+        let placement = places.pod();
+        if placement != extent.places.pod() {
+            // Its cgroup is there once it is up.
+            self.up().await?;
+            if let Some(cgroup) = self.cgroup() {
+                cgroup.place(&placement)?;
+            }
+        }
+        extent.places = places;
         Ok(())
     }
 

@@ -347,7 +347,9 @@ impl Pod {
             let (share, of) = (self.share.clone(), id.to_string());
             let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
             self.record(|record| record.containers.retain(|c| c != id));
-            self.extent.lock().await.ledger.forget(id);
+            let mut extent = self.extent.lock().await;
+            extent.ledger.forget(id);
+            extent.places.forget(&container.account);
         }
         run_poststop(&container.hooks, &container.hook_state).await;
         lock(&self.containers).remove(id);

@@ -312,3 +312,31 @@ fn cpus_asked_for_are_there() {
         .success();
     assert_eq!(two.out(), "2");
 }
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn a_container_is_kept_on_its_cpus_of_the_host() {
+    let bed = Bed::get();
+    let all = "grep -h ^Cpus_allowed_list /proc/self/status | cut -f2";
+    let all = bed.sh(all).run().success().out();
+    let last = all.rsplit([',', '-']).next().expect("a CPU").to_owned();
+    let options = ["--cpuset-cpus", &last];
+    let container = bed.nerdctl_start(&options, &bed.busybox(), &["sleep", "1000"]);
+    // The threads of the VMM, with its vCPUs among them.
+    let allowed = || {
+        let pid = container.task_pid();
+        let line = format!("cat /proc/{pid}/task/*/status | grep ^Cpus_allowed_list: | cut -f2");
+        let lists = bed.sh(&line).run().success().out();
+        let mut lists: Vec<_> = lists.lines().map(String::from).collect();
+        lists.dedup();
+        lists
+    };
+    assert_eq!(allowed(), [last.as_str()]);
+    let update = ["nerdctl", "update", "--cpuset-cpus", &all, container.id()];
+    bed.command(update).run().success();
+    assert_eq!(allowed(), [all.as_str()]);
+    let none = ["nerdctl", "update", "--cpuset-cpus", "4000", container.id()];
+    bed.command(none).run().failure();
+    assert_eq!(allowed(), [all.as_str()]);
+    container.exec(["true"]).success();
+}
