@@ -251,3 +251,148 @@ spec:
         });
     }
 }
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_service_of_both_families_and_one_of_ipv6_alone() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let client = namespace.start(
+        "client",
+        r#"
+apiVersion: v1
+kind: Service
+metadata: { name: both }
+spec:
+  ipFamilyPolicy: RequireDualStack
+  ipFamilies: [IPv4, IPv6]
+  selector: { app: web }
+  ports: [{ port: 80 }]
+---
+apiVersion: v1
+kind: Service
+metadata: { name: six }
+spec:
+  ipFamilies: [IPv6]
+  selector: { app: web }
+  ports: [{ port: 8080, targetPort: 80 }]
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: web, labels: { app: web } }
+spec:
+  runtimeClassName: sepal
+  containers:
+    - name: nginx
+      image: python
+      command: [python3, -c]
+      args:
+        - |
+          import http.server, socket
+          class Server(http.server.ThreadingHTTPServer):
+              address_family = socket.AF_INET6
+          class Handler(http.server.BaseHTTPRequestHandler):
+              def do_GET(self):
+                  self.send_response(200); self.end_headers(); self.wfile.write(b"here")
+          Server(("::", 80), Handler).serve_forever()
+      readinessProbe: { httpGet: { port: 80 }, periodSeconds: 1 }
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: client }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: main, image: busybox, command: [sleep, "10000"] }]
+"#,
+    );
+    let web = namespace.pod("web");
+    web.wait_ready();
+    let addresses = web.get("{.status.podIPs[*].ip}");
+    let mut hosts: Vec<String> = addresses.split(' ').map(bracketed).collect();
+    assert_eq!(hosts.len(), 2, "{addresses}");
+    let services = namespace.get("service/both", "{.spec.clusterIPs[*]}");
+    hosts.extend(services.split(' ').map(bracketed));
+    hosts.push(bracketed(&namespace.get("service/six", "{.spec.clusterIP}")) + ":8080");
+    hosts.push("six:8080".to_owned());
+    assert_eq!(hosts.len(), 6, "{services}");
+    for host in &hosts {
+        eventually("kube-proxy knows the Service", seconds(30), || {
+            let page = format!("http://{host}/");
+            let answer = client.exec(["wget", "-T", "5", "-qO-", &page]);
+            (answer.out() == "here").then_some(())
+        });
+    }
+}
+
+/// An address as it stands in a URL.
+fn bracketed(address: &str) -> String {
+    if address.contains(':') {
+        format!("[{address}]")
+    } else {
+        address.to_owned()
+    }
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn bandwidth_is_limited_by_annotations() {
+    let cluster = Cluster::get();
+    let namespace = cluster.namespace();
+    let pod = namespace.start(
+        "slow",
+        r#"
+apiVersion: v1
+kind: Pod
+metadata:
+  name: slow
+  annotations: { kubernetes.io/ingress-bandwidth: 200M }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: python
+      command: [python3, -c]
+      args:
+        - |
+          import socket
+          listener = socket.create_server(("0.0.0.0", 9))
+          while True:
+              conn, _ = listener.accept()
+              got, room = 0, bytearray(1 << 20)
+              while more := conn.recv_into(room): got += more
+              conn.sendall(str(got).encode())
+              conn.close()
+---
+apiVersion: v1
+kind: Pod
+metadata: { name: peer }
+spec:
+  runtimeClassName: sepal
+  terminationGracePeriodSeconds: 1
+  containers: [{ name: main, image: python, command: [sleep, "10000"] }]
+"#,
+    );
+    let peer = namespace.pod("peer");
+    peer.wait_ready();
+    // containerd lets 512 MiB through at once; what is more takes two seconds for 50 MB.
+    let send = r#"
+import socket, sys, time
+conn = socket.create_connection((sys.argv[1], 9), 30)
+conn.settimeout(None)
+begun, room = time.monotonic(), bytes(1 << 20)
+for _ in range(600): conn.sendall(room)
+conn.shutdown(socket.SHUT_WR)
+assert conn.recv(100) == str(600 << 20).encode()
+print(time.monotonic() - begun)
+"#;
+    let sent = peer
+        .exec_command(&[], ["python3", "-c", send, &pod.get("{.status.podIP}")])
+        .patience(seconds(120))
+        .run()
+        .success()
+        .out();
+    let took: f64 = sent.parse().expect("the seconds it took");
+    assert!(took > 2.0, "{took} s");
+}
