@@ -101,8 +101,8 @@ impl<'bed> Wires<'bed> {
     }
 
     /// A server that listens in the first, and a client in the second.
-    fn start_both(&self) -> (Container<'bed>, Container<'bed>) {
-        let server = self.start(1, &["python3", "-c", ECHO]);
+    fn start_both(&self, serve: &str) -> (Container<'bed>, Container<'bed>) {
+        let server = self.start(1, &["python3", "-c", serve]);
         let client = self.start(2, &["sleep", "1000"]);
         eventually("the server listens", seconds(60), || {
             server.exec(["test", "-e", "/tmp/ready"]).ok().then_some(())
@@ -123,7 +123,7 @@ impl Drop for Wires<'_> {
 fn several_interfaces_of_both_families_carry_large_frames() {
     let bed = Bed::get();
     let wires = Wires::new(&bed);
-    let (_server, client) = wires.start_both();
+    let (_server, client) = wires.start_both(ECHO);
     for net in ["net1", "net2"] {
         let mtu = format!("/sys/class/net/{net}/mtu");
         assert_eq!(client.exec(["cat", &mtu]).success().out(), "9000");
@@ -145,7 +145,7 @@ fn several_interfaces_of_both_families_carry_large_frames() {
 fn a_firewall_at_the_hosts_end_of_the_wire_holds() {
     let bed = Bed::get();
     let wires = Wires::new(&bed);
-    let (_server, client) = wires.start_both();
+    let (_server, client) = wires.start_both(ECHO);
     let dial = "import socket, sys; socket.create_connection((sys.argv[1], 7), 3)";
     let dial = |host: &'static str| client.exec(["python3", "-c", dial, host]);
     dial("10.77.1.1").success();
@@ -166,4 +166,47 @@ fn a_firewall_at_the_hosts_end_of_the_wire_holds() {
         .run()
         .success();
     dial("10.77.1.1").success();
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn sctp_goes_from_guest_to_guest() {
+    let bed = Bed::get();
+    // The control has the host's kernel, which may not know it.
+    if !bed.has_vm() {
+        return;
+    }
+    let wires = Wires::new(&bed);
+    let serve = r#"
+import socket
+s = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+s.bind(("::", 7)); s.listen(5)
+open("/tmp/ready", "w").close()
+while True:
+    conn, _ = s.accept()
+    while data := conn.recv(1 << 16):
+        conn.sendall(data)
+    conn.close()
+"#;
+    let (_server, client) = wires.start_both(serve);
+    let ask = r#"
+import os, socket, sys
+host, much = sys.argv[1], os.urandom(1 << 20)
+family = socket.AF_INET6 if ":" in host else socket.AF_INET
+conn = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_SCTP)
+conn.settimeout(60)
+conn.connect((host, 7))
+for start in range(0, len(much), 4096):
+    message = much[start:start + 4096]
+    conn.sendall(message)
+    back = b""
+    while len(back) < len(message): back += conn.recv(1 << 16)
+    assert back == message
+print("answered")
+"#;
+    for host in ["10.77.1.1", "fd77:2::1"] {
+        let asked = client.exec_command(&[], ["python3", "-c", ask, host]);
+        let asked = asked.patience(seconds(120)).run().success();
+        assert_eq!(asked.out(), "answered", "{host}");
+    }
 }
