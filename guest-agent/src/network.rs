@@ -9,9 +9,7 @@ use std::time::Duration;
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::{
-    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage,
-};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::packet_route::route::{
@@ -46,8 +44,14 @@ pub async fn apply(network: &Network) -> Result<()> {
     done
 }
 
-/// An address with the length of its prefix and its scope (RT_SCOPE_*).
-type CheckedAddress = (IpAddr, u8, u8);
+/// An address as the kernel takes it.
+struct CheckedAddress {
+    ip: IpAddr,
+    prefix: u8,
+    /// RT_SCOPE_*.
+    scope: u8,
+    flags: AddressFlags,
+}
 
 /// A network whose addresses and names have been checked.
 struct Wanted<'a> {
@@ -85,7 +89,16 @@ impl<'a> Wanted<'a> {
                     .map(|address| {
                         let ip = ip(&address.ip)?;
                         let prefix = prefix(address.prefix_len, ip)?;
-                        Ok((ip, prefix, small(address.scope)?))
+                        let mut flags = AddressFlags::empty();
+                        // Nobody else has it: CNI has seen to that.
+                        flags.set(AddressFlags::Nodad, ip.is_ipv6());
+                        flags.set(AddressFlags::Noprefixroute, address.no_prefix_route);
+                        Ok(CheckedAddress {
+                            ip,
+                            prefix,
+                            scope: small(address.scope)?,
+                            flags,
+                        })
                     })
                     .collect::<Result<_>>()?;
                 Ok((interface, addresses))
@@ -391,27 +404,23 @@ async fn set_addresses(
     netlink: &Handle,
     index: u32,
     name: &str,
-    wanted: &[(IpAddr, u8, u8)],
+    wanted: &[CheckedAddress],
 ) -> Result<()> {
-    for (address, prefix_len, scope) in wanted {
-        let mut add = netlink
-            .address()
-            .add(index, *address, *prefix_len)
-            .replace();
+    for CheckedAddress {
+        ip,
+        prefix,
+        scope,
+        flags,
+    } in wanted
+    {
+        let mut add = netlink.address().add(index, *ip, *prefix).replace();
         let message = add.message_mut();
         message.header.scope = (*scope).into();
-        if address.is_ipv6() {
-            message.header.flags |= AddressHeaderFlags::Nodad;
-            message
-                .attributes
-                .push(AddressAttribute::Flags(AddressFlags::Nodad));
-        }
-        add.execute().await.map_err(|error| {
-            refused(
-                format!("cannot add {address}/{prefix_len} to {name}"),
-                error,
-            )
-        })?;
+        // Those that the header has room for are in this attribute, too, and it counts.
+        message.attributes.push(AddressAttribute::Flags(*flags));
+        add.execute()
+            .await
+            .map_err(|error| refused(format!("cannot add {ip}/{prefix} to {name}"), error))?;
     }
     let present: Vec<AddressMessage> = netlink
         .address()
@@ -434,7 +443,7 @@ async fn set_addresses(
         let own = matches!(address, IpAddr::V6(address) if address.is_unicast_link_local());
         let kept = wanted
             .iter()
-            .any(|(ip, prefix, _)| *ip == address && *prefix == message.header.prefix_len);
+            .any(|a| a.ip == address && a.prefix == message.header.prefix_len);
         if !own && !kept {
             netlink
                 .address()

@@ -243,7 +243,8 @@ fn ethernet(link: &LinkMessage) -> Option<(String, [u8; 6], u16)> {
 /// What the guest gets of what the namespace has. Pure.
 ///
 /// The kernel of the guest makes the same routes for its addresses, and the same link-local address
-/// of the same MAC, as the host's has: those are left out.
+/// of the same MAC, as the host's has: those are left out. Where somebody has taken such a route away,
+/// as ptp does, the guest's is not made.
 pub fn mirror(
     links: &[LinkMessage],
     addresses: &[AddressMessage],
@@ -261,7 +262,7 @@ pub fn mirror(
             name: name.clone(),
             mac: mac.to_vec(),
             mtu: mtu.into(),
-            addresses: of_this.filter_map(address).collect(),
+            addresses: of_this.filter_map(|a| address(a, routes)).collect(),
             ..Default::default()
         });
         mirror.links.push((index, name, mac, mtu));
@@ -284,7 +285,7 @@ pub fn mirror(
     mirror
 }
 
-fn address(message: &AddressMessage) -> Option<agent::Address> {
+fn address(message: &AddressMessage, routes: &[RouteMessage]) -> Option<agent::Address> {
     let (mut local, mut remote) = (None, None);
     for attribute in &message.attributes {
         match attribute {
@@ -301,12 +302,39 @@ fn address(message: &AddressMessage) -> Option<agent::Address> {
         return None;
     }
     let scope: u8 = message.header.scope.into();
+    let prefix_len = message.header.prefix_len;
+    let network = network(remote.unwrap_or(ip), prefix_len);
+    let leads_there = |route: &RouteMessage| {
+        route.header.protocol == RouteProtocol::Kernel
+            && route.header.kind == RouteType::Unicast
+            && route.header.destination_prefix_length == prefix_len
+            && has(route, |a| *a == RouteAttribute::Oif(message.header.index))
+            && has(route, |a| {
+                matches!(a, RouteAttribute::Destination(to)
+                    if route_octets(to).as_ref() == Some(&network))
+            })
+    };
     Some(agent::Address {
         ip: octets(ip),
-        prefix_len: message.header.prefix_len.into(),
+        prefix_len: prefix_len.into(),
         scope: scope.into(),
+        no_prefix_route: !routes.iter().any(leads_there),
         ..Default::default()
     })
+}
+
+fn has(route: &RouteMessage, what: impl Fn(&RouteAttribute) -> bool) -> bool {
+    route.attributes.iter().any(what)
+}
+
+/// An address without its host part.
+fn network(ip: std::net::IpAddr, prefix_len: u8) -> Vec<u8> {
+    let mut bytes = octets(ip);
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        let bits = usize::from(prefix_len).saturating_sub(8 * index).min(8);
+        *byte &= !(0xff_u16 >> bits) as u8;
+    }
+    bytes
 }
 
 fn octets(ip: std::net::IpAddr) -> Vec<u8> {

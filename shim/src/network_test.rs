@@ -122,3 +122,40 @@ fn kernel_routes_and_link_local_addresses_are_left_to_the_guest() {
     assert_eq!(mirror.network.routes[0].device, "eth0");
     assert_eq!(mirror.network.routes[0].table, 0);
 }
+
+#[test]
+fn a_prefix_that_is_not_on_link_is_not_on_link_in_the_guest() {
+    let links = [link(2, "eth0", LinkLayerType::Ether)];
+    let with = |ip: &str, prefix_len| {
+        let mut message = AddressMessage::default();
+        message.header.index = 2;
+        message.header.prefix_len = prefix_len;
+        message.attributes = vec![AddressAttribute::Address(ip.parse().unwrap())];
+        message
+    };
+    let on_link = |to: RouteAddress, prefix_len, index| {
+        let mut route = RouteMessage::default();
+        route.header.kind = RouteType::Unicast;
+        route.header.protocol = RouteProtocol::Kernel;
+        route.header.destination_prefix_length = prefix_len;
+        route.attributes = vec![RouteAttribute::Destination(to), RouteAttribute::Oif(index)];
+        route
+    };
+    let addresses = [
+        with("10.1.131.7", 20),
+        with("fd00::2", 64),
+        with("10.2.0.7", 16),
+        with("fd01::2", 64),
+    ];
+    let routes = [
+        on_link(RouteAddress::Inet("10.1.128.0".parse().unwrap()), 20, 2),
+        on_link(RouteAddress::Inet6("fd00::".parse().unwrap()), 64, 2),
+        // Of another interface; of another length.
+        on_link(RouteAddress::Inet("10.2.0.0".parse().unwrap()), 16, 3),
+        on_link(RouteAddress::Inet6("fd01::".parse().unwrap()), 60, 2),
+    ];
+    let mirror = mirror(&links, &addresses, &routes, &[]);
+    let guests = &mirror.network.interfaces[0].addresses;
+    let none: Vec<_> = guests.iter().map(|a| a.no_prefix_route).collect();
+    assert_eq!(none, [false, false, true, true]);
+}
