@@ -2,7 +2,6 @@
 //!
 //! Runs once, on the only thread, before the first byte from the guest is looked at.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsFd;
@@ -73,8 +72,7 @@ pub fn enter(share: &Path) -> anyhow::Result<Proc> {
         Mode::empty(),
     )
     .context("cannot open /proc/self")?;
-    let fds = CString::new(format!("/proc/{}/fd", std::process::id()))?;
-    let descriptors = sys::detached_tree(&fds).context("cannot clone /proc/self/fd")?;
+    let descriptors = sys::detached_tree(c"/proc/self/fd").context("cannot clone /proc/self/fd")?;
 
     // The directory opened above belongs to the mount namespace that we have left.
     let root = open(

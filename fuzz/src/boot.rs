@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use sepal_protocol::image::TRAILER;
 use sepal_protocol::vm::{KvmFlavour, MemorySpec};
 use sepal_vmm::acpi;
-use sepal_vmm::boot::{load_initrd, load_kernel, open_image, write_boot_data};
+use sepal_vmm::boot::{Source, load_initrd, load_kernel, open_image, write_boot_data};
 use sepal_vmm::memory::{Layout, MIN_RAM, Ram, RamFile};
 
 use crate::guest::memory_file;
@@ -40,7 +40,12 @@ pub fn boot(data: &[u8]) {
     let layout = Layout::new(spec.size).expect("the least RAM is possible");
     let target = RamFile::new(false).expect("memory is left");
     let share = options & 2 != 0;
-    let Ok(kernel) = load_kernel(&path, target.target(), &layout, share) else {
+    let Ok(kernel) = load_kernel(
+        Source::kernel(&path).expect("it is there"),
+        target.target(),
+        &layout,
+        share,
+    ) else {
         return;
     };
     assert!(kernel.end <= layout.low, "a kernel beyond RAM");
@@ -48,7 +53,8 @@ pub fn boot(data: &[u8]) {
         .check_flavour(&path, KvmFlavour::Hardware)
         .expect("hardware runs any kernel");
     let initrd_file = memory_file(initrd_size.into());
-    let initrd = load_initrd(&path_of(&initrd_file), target.target(), &layout, &kernel).ok();
+    let initrd = Source::initrd(&path_of(&initrd_file)).expect("it is there");
+    let initrd = load_initrd(initrd, target.target(), &layout, &kernel).ok();
     if let Some((start, size)) = initrd {
         assert!(start >= kernel.end && start + size <= layout.low);
     }

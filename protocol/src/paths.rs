@@ -11,8 +11,10 @@ pub const CONFIG: &str = "/etc/sepal/config.toml";
 pub mod pod {
     /// The directory shared with the guest: one subdirectory per container.
     pub const SHARE: &str = "share";
-    /// Unix socket of the VMM's vsock device; guest-dialled port P is `vsock.sock_P`.
-    pub const VSOCK: &str = "vsock.sock";
+    /// The VMM's root directory: what it must reach by a path.
+    pub const VM: &str = "vm";
+    /// Unix socket of the VMM's vsock device; guest-dialled port P is `vm/vsock_P`.
+    pub const VSOCK: &str = "vm/vsock";
     /// Listening Unix socket for further clients of the VMM's control protocol.
     pub const CONTROL: &str = "control.sock";
     /// The guest's kernel log.

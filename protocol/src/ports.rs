@@ -1,8 +1,8 @@
 //! vsock addresses of a pod's VM.
 //!
 //! The VMM maps vsock to Unix sockets: the host connects to a listening port in the guest through
-//! `<pod>/vsock.sock` by writing `CONNECT <port>\n` and reading `OK <port>\n`; what the guest dials
-//! on the host, port P, is connected to `<pod>/vsock.sock_P`.
+//! `<pod>/vm/vsock` by writing `CONNECT <port>\n` and reading `OK <port>\n`; what the guest dials
+//! on the host, port P, is connected to `<pod>/vm/vsock_P`.
 
 /// The guest's context id. One VM per VMM and no shared table: all guests have the same.
 pub const GUEST_CID: u64 = 3;

@@ -28,8 +28,11 @@ pub struct VmSpec {
     /// An initramfs instead of, or beside, the image.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
-    /// Unix socket path of the vsock device.
+    /// Unix socket path of the vsock device; in a jail's root directory where there is one.
     pub vsock: PathBuf,
+    /// What the VMM makes of itself before the guest runs; none: it stays where and who it is.
+    #[serde(default)]
+    pub jail: Option<JailSpec>,
     /// Listening control socket for further clients; none: only the inherited one.
     #[serde(default)]
     pub control: Option<PathBuf>,
@@ -61,6 +64,16 @@ fn yes() -> bool {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct FdIndex(pub u32);
+
+/// Where the VMM locks itself in.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailSpec {
+    /// Becomes the root directory of a mount namespace of its own, read-only.
+    pub root: PathBuf,
+    /// User and group that it becomes. Nobody else should have this id.
+    pub user: u32,
+}
 
 /// Virtual CPUs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

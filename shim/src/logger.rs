@@ -65,6 +65,7 @@ impl Logger {
             inherited: &inherited,
             netns: Netns::Same,
             // It writes down what is left after the shim's death.
+            alone: false,
             dies_with_parent: false,
             log: None,
         };

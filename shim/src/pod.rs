@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -37,7 +37,7 @@ use crate::spec;
 use crate::sys::Netns;
 use crate::timeline::Timeline;
 use crate::up::{self, Up};
-use crate::vm::Vm;
+use crate::vm::{self, Vm};
 
 /// Longest wait for the guest to power off before it is killed.
 const POWER_OFF: Duration = Duration::from_secs(5);
@@ -142,7 +142,7 @@ impl Pod {
         DirBuilder::new()
             .recursive(true)
             .mode(0o711)
-            .create(&directory)
+            .create(directory.join(pod::VM))
             .map_err(Error::io("make the pod's directory", &directory))?;
         let created_at = SystemTime::now();
         let since_epoch = created_at.duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -285,11 +285,21 @@ impl Pod {
         Ok(Arc::new(booted?))
     }
 
+    /// Makes a socket that the guest's calls of a port come to.
+    fn listen_for_guest(&self, port: u32) -> Result<UnixListener> {
+        let path = agent::host_socket(&self.directory, port);
+        let listener =
+            UnixListener::bind(&path).map_err(Error::io("listen in", &self.directory))?;
+        // Who connects must be its owner.
+        let user = Some(vm::user());
+        chown(&path, user, user).map_err(Error::io("give to the VMM", &path))?;
+        Ok(listener)
+    }
+
     /// From the processes to a guest that serves.
     async fn boot(&self, vm: Arc<Vm>, joined: Option<OwnedFd>) -> Result<Up> {
         let (config, spec) = (&self.config, &self.spec);
-        let ready = UnixListener::bind(agent::host_socket(&self.directory, ports::READY))
-            .map_err(Error::io("listen in", &self.directory))?;
+        let ready = self.listen_for_guest(ports::READY)?;
         let state = hooks::State {
             pid: Some(vm.vmm_pid),
             ..spec.hook_state.clone()

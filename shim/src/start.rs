@@ -132,6 +132,7 @@ fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> any
     let spawn = Spawn {
         inherited: &inherited,
         netns: Netns::Same,
+        alone: false,
         dies_with_parent: false,
         log: None,
     };

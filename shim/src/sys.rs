@@ -61,6 +61,8 @@ pub struct Spawn<'a> {
     pub inherited: &'a [BorrowedFd<'a>],
     /// Where it starts.
     pub netns: Netns<'a>,
+    /// It is alone in a PID namespace of its own: nobody whom it could send a signal to.
+    pub alone: bool,
     /// It is killed when the calling thread ends.
     pub dies_with_parent: bool,
     /// Takes its output; none: nothing does.
@@ -107,7 +109,8 @@ pub fn spawn(mut command: Command, spawn: &Spawn<'_>) -> Result<Child> {
         Netns::New => Some(None),
         Netns::Join(fd) => Some(Some(fd.as_raw_fd())),
     };
-    let parent = std::process::id();
+    // As a process in a namespace of its own sees one outside.
+    let parent = if spawn.alone { 0 } else { std::process::id() };
     let dies = spawn.dies_with_parent;
     // SAFETY: between fork and exec the closure calls only async-signal-safe functions (dup2,
     // prctl, setns, unshare, getppid) and allocates nothing.
@@ -133,13 +136,28 @@ pub fn spawn(mut command: Command, spawn: &Spawn<'_>) -> Result<Child> {
         });
     }
     // A group of its own: a signal to the shim's group is not for it.
-    let child = command.process_group(0).spawn()?;
+    command.process_group(0);
+    let child = if spawn.alone {
+        spawn_alone(&mut command)?
+    } else {
+        command.spawn()?
+    };
     drop(occupied);
     let pid = child.id();
     Ok(Child {
         pid,
         pidfd: pidfd_open(pid)?,
     })
+}
+
+/// Spawns the first process of a new PID namespace.
+fn spawn_alone(command: &mut Command) -> Result<std::process::Child> {
+    let own = File::open("/proc/thread-self/ns/pid")?;
+    // It concerns this thread's children alone, and until the next line but one.
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let child = command.spawn();
+    setns(&own, CloneFlags::CLONE_NEWPID)?;
+    child
 }
 
 /// pidfd_open(2), close-on-exec.

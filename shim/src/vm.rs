@@ -22,7 +22,7 @@ use sepal_protocol::config::Config;
 use sepal_protocol::control::{self, Booted, Request, Response, VmState};
 use sepal_protocol::paths::{MOUNTS, guest, pod};
 use sepal_protocol::vm::{
-    BlkSpec, ExitCause, FdIndex, FsSpec, KernelSpec, MemorySpec, NetSpec, VmSpec,
+    BlkSpec, ExitCause, FdIndex, FsSpec, JailSpec, KernelSpec, MemorySpec, NetSpec, VmSpec,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -42,6 +42,10 @@ const CAUSE: Duration = Duration::from_millis(300);
 /// How much of a log goes into an error, in lines and in bytes.
 const TAIL_LINES: usize = 4;
 const TAIL_BYTES: u64 = 16 << 10;
+/// A VMM's user id is this and its shim's process id, which is below 2^22. Nothing else is here by
+/// systemd's account of user ids (UIDS-GIDS: from 1879048192 to 2147483647), nor are the ranges that the
+/// kubelet gives to pods with user namespaces.
+const USERS: u32 = 2_000_000_000;
 /// How Linux begins the line that names the cause of a panic.
 const PANIC: &str = "Kernel panic - not syncing";
 
@@ -223,6 +227,10 @@ impl Vm {
             image,
             initrd: config.initrd.clone(),
             vsock: self.directory.join(pod::VSOCK),
+            jail: Some(JailSpec {
+                root: self.directory.join(pod::VM),
+                user: user(),
+            }),
             control: Some(self.directory.join(pod::CONTROL)),
             console: Some(self.directory.join(pod::CONSOLE)),
             early_console: config.early_console,
@@ -407,6 +415,11 @@ impl Vm {
     }
 }
 
+/// The user that this shim's VMM becomes.
+pub fn user() -> u32 {
+    USERS + std::process::id()
+}
+
 /// Adds a descriptor to those that go with a request.
 fn push(fds: &mut Vec<OwnedFd>, fd: OwnedFd) -> FdIndex {
     fds.push(fd);
@@ -443,6 +456,7 @@ fn start(
     let spawn = Spawn {
         inherited,
         netns,
+        alone: true,
         dies_with_parent: true,
         log: Some(&log),
     };

@@ -145,6 +145,39 @@ pub fn open(what: &'static str, path: &Path) -> Result<File, Error> {
     })
 }
 
+/// A file that is open, and its name for messages: it is read when the way to it may be gone.
+pub struct Source {
+    what: &'static str,
+    path: PathBuf,
+    file: File,
+}
+
+impl Source {
+    /// A kernel.
+    ///
+    /// # Errors
+    /// It is not there, or a directory.
+    pub fn kernel(path: &Path) -> Result<Self, Error> {
+        Self::open("kernel", path)
+    }
+
+    /// An initrd.
+    ///
+    /// # Errors
+    /// It is not there, or a directory.
+    pub fn initrd(path: &Path) -> Result<Self, Error> {
+        Self::open("initrd", path)
+    }
+
+    fn open(what: &'static str, path: &Path) -> Result<Self, Error> {
+        Ok(Self {
+            what,
+            path: path.into(),
+            file: open(what, path)?,
+        })
+    }
+}
+
 /// A part of the kernel file that goes to RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Segment {
@@ -210,20 +243,24 @@ impl Kernel {
     }
 }
 
-/// Copies the kernel `path` to where its ELF program headers say (System V ABI, "Program Header"),
+/// Copies the kernel `source` to where its ELF program headers say (System V ABI, "Program Header"),
 /// at most up to the end of `layout`'s RAM below 4 GiB; that may be larger than the RAM will be. If
 /// `share`, the largest segment that is not written to is left to be mapped.
 ///
 /// # Errors
 /// Not a kernel, truncated, or RAM too small.
 pub fn load_kernel(
-    path: &Path,
+    source: Source,
     target: Target<'_>,
     layout: &Layout,
     share: bool,
 ) -> Result<Kernel, Error> {
-    let mut file = open("kernel", path)?;
-    let (entry, segments, deprivileged) = read_elf(&mut file, path)?;
+    let Source {
+        what,
+        path,
+        mut file,
+    } = source;
+    let (entry, segments, deprivileged) = read_elf(&mut file, &path)?;
     // read_elf has checked that these sums do not overflow.
     let ends = segments
         .iter()
@@ -234,7 +271,7 @@ pub fn load_kernel(
         deprivileged,
         shared: None,
     };
-    let mut kernel = kernel.check(path, layout)?;
+    let mut kernel = kernel.check(&path, layout)?;
     let largest = segments.iter().max_by_key(|segment| segment.shareable());
     let largest = largest
         .filter(|segment| share && segment.shareable() > 0)
@@ -248,8 +285,8 @@ pub fn load_kernel(
         target
             .fill(&mut file, offset, segment.file_size - skip, gpa)
             .map_err(|reason| Error::Read {
-                what: "kernel",
-                path: path.into(),
+                what,
+                path: path.clone(),
                 reason,
             })?;
     }
@@ -405,16 +442,20 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 /// # Errors
 /// RAM too small, or the file cannot be read.
 pub fn load_initrd(
-    path: &Path,
+    source: Source,
     target: Target<'_>,
     layout: &Layout,
     kernel: &Kernel,
 ) -> Result<(u64, u64), Error> {
-    let mut file = open("initrd", path)?;
+    let Source {
+        what,
+        path,
+        mut file,
+    } = source;
     let size = file.metadata().map(|m| m.len()).unwrap_or(0);
     let no_room = || Error::NoRoom {
-        what: "initrd",
-        path: path.into(),
+        what,
+        path: path.clone(),
         ram: layout.low / MIB,
         needed: size.div_ceil(MIB),
     };
@@ -425,8 +466,8 @@ pub fn load_initrd(
     target
         .fill(&mut file, 0, size, start)
         .map_err(|reason| Error::Read {
-            what: "initrd",
-            path: path.into(),
+            what,
+            path: path.clone(),
             reason,
         })?;
     Ok((start, size))

@@ -45,7 +45,13 @@ fn a_kernel_says_that_it_can_do_without_hardware_virtualization() {
         let named = NamedTempFile::new().unwrap();
         named.as_file().write_all(&file).unwrap();
         let ram = ram();
-        load_kernel(named.path(), ram.target(), &ram.layout, false).unwrap()
+        load_kernel(
+            Source::kernel(named.path()).unwrap(),
+            ram.target(),
+            &ram.layout,
+            false,
+        )
+        .unwrap()
     };
     let ours = kernel_of(&notes);
     assert!(ours.deprivileged);
@@ -78,7 +84,13 @@ fn code_is_mapped_and_data_copied() {
     let byte = |ram: &Ram, gpa| ram.memory.read_obj::<u8>(GuestAddress(gpa)).unwrap();
 
     let ram = ram();
-    let kernel = load_kernel(named.path(), ram.target(), &ram.layout, true).unwrap();
+    let kernel = load_kernel(
+        Source::kernel(named.path()).unwrap(),
+        ram.target(),
+        &ram.layout,
+        true,
+    )
+    .unwrap();
     assert_eq!((byte(&ram, code), byte(&ram, data)), (0, 2));
     // A part of a page cannot be mapped.
     assert_eq!(byte(&ram, code + 0x2000), 1);
@@ -174,7 +186,12 @@ fn load(bytes: &[u8]) -> (Ram, Result<Kernel, Error>) {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
     let ram = ram();
-    let loaded = load_kernel(file.path(), ram.target(), &ram.layout, false);
+    let loaded = load_kernel(
+        Source::kernel(file.path()).unwrap(),
+        ram.target(),
+        &ram.layout,
+        false,
+    );
     (ram, loaded)
 }
 
@@ -273,9 +290,10 @@ fn a_kernel_larger_than_ram_names_the_remedy() {
 
 #[test]
 fn a_missing_kernel_and_a_directory_are_named() {
-    let ram = ram();
     for path in ["/nonexistent/vmlinux", "/tmp"] {
-        let error = load_kernel(Path::new(path), ram.target(), &ram.layout, false).unwrap_err();
+        let Err(error) = Source::kernel(Path::new(path)) else {
+            panic!("{path} is no kernel");
+        };
         assert!(matches!(error, Error::Open { .. }));
         assert!(error.to_string().contains(path));
     }
@@ -292,7 +310,13 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
         entry: ENTRY,
         end: 0x200_0000,
     };
-    let (start, size) = load_initrd(file.path(), ram.target(), &ram.layout, &kernel).unwrap();
+    let (start, size) = load_initrd(
+        Source::initrd(file.path()).unwrap(),
+        ram.target(),
+        &ram.layout,
+        &kernel,
+    )
+    .unwrap();
     assert_eq!((start, size), (64 * MIB - 8192, 5000));
     assert_eq!(
         ram.memory
@@ -307,7 +331,13 @@ fn the_initrd_lies_at_the_end_of_ram_and_not_over_the_kernel() {
         entry: ENTRY,
         end: 64 * MIB - 4096,
     };
-    let error = load_initrd(file.path(), ram.target(), &ram.layout, &kernel).unwrap_err();
+    let error = load_initrd(
+        Source::initrd(file.path()).unwrap(),
+        ram.target(),
+        &ram.layout,
+        &kernel,
+    )
+    .unwrap_err();
     assert!(matches!(error, Error::NoRoom { what: "initrd", .. }));
 }
 

@@ -91,6 +91,7 @@ mod tests {
             vsock: "/run/vsock".into(),
             control: None,
             console: None,
+            jail: None,
             early_console: false,
             fs: vec![],
             net: vec![],
@@ -108,6 +109,7 @@ mod tests {
         }
         let spec = VmSpec {
             image: Some("/image".into()),
+            jail: None,
             early_console: true,
             cmdline: "loglevel=7".into(),
             cpus: CpuSpec { boot: 1, max: 4 },

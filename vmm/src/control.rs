@@ -256,7 +256,7 @@ impl Control {
             Request::AddCpus { count } => self.vm.add_cpus(count),
             Request::EnterRoot => fds
                 .take(FdIndex(0), "the root directory")
-                .and_then(|directory| crate::jail::enter(&directory)),
+                .and_then(|directory| crate::jail::enter_root(&directory)),
             Request::PowerButton => {
                 self.vm.bus.platform.press_power_button();
                 Ok(())

@@ -1,25 +1,34 @@
 //! What the process gives up.
 //!
-//! Before boot: core dumps (they would hold guest memory). Once everything is open: every
-//! capability, the right to gain any, and the right of others to look inside. What the VMM does
-//! afterwards it does as its user, on descriptors it has. One capability is left to the control
-//! thread until its only use: to make the container's root directory that of this process, for whoever
-//! looks for the container by its pid in /proc would otherwise find the host's.
+//! Before boot: core dumps (they would hold guest memory). Once everything is open: the host's files,
+//! its user, every capability, the right to gain any, and the right of others to look inside. What
+//! the VMM does afterwards it does as a user that nobody else is, on descriptors it has. Two
+//! capabilities are left to the control thread until their only use: to make the container's root
+//! directory that of this process, for whoever looks for the container by its pid in /proc would
+//! otherwise find an empty one.
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 
 use anyhow::{Context, Result};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
+use sepal_protocol::vm::JailSpec;
 
 use crate::seccomp::{self, Thread};
 
 /// Descriptors for a pod with thousands of vsock connections; the hard limit may be lower.
 const DESCRIPTORS: u64 = 65_536;
 
-/// CAP_SYS_CHROOT of linux/capability.h.
+/// Of linux/capability.h.
+const CAP_DAC_READ_SEARCH: u32 = 2;
 const CAP_SYS_CHROOT: u32 = 18;
+/// What [`enter_root`] takes: whose the container's root is, is the image's affair.
+const LATER: u32 = 1 << CAP_SYS_CHROOT | 1 << CAP_DAC_READ_SEARCH;
 
 /// Limits that must be set before the VM is built.
 ///
@@ -40,14 +49,55 @@ pub fn before_boot() -> Result<()> {
     Ok(())
 }
 
-/// Gives up capabilities for good, but for that of [`enter`]. Called on the main thread when it is
+/// Leaves the host's files, and its user. Called on the main thread when it is still the only one.
+///
+/// # Errors
+/// The kernel refuses: it takes root.
+pub fn enter(jail: &JailSpec) -> Result<()> {
+    let flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+    unshare(flags).context("cannot make namespaces (root is needed)")?;
+    leave_files(&jail.root)
+        .with_context(|| format!("cannot make {} the root directory", jail.root.display()))?;
+    leave_user(jail.user).with_context(|| format!("cannot become user {}", jail.user))
+}
+
+fn leave_files(root: &Path) -> nix::Result<()> {
+    let none: Option<&str> = None;
+    let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+    mount(none, "/", none, private, none)?;
+    // Only a mount can be a root.
+    mount(Some(root), root, none, MsFlags::MS_BIND, none)?;
+    chdir(root)?;
+    pivot_root(".", ".")?;
+    // The old root now lies on top of the new one.
+    umount2(".", MntFlags::MNT_DETACH)?;
+    chdir("/")?;
+    let strict = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY | strict;
+    mount(none, "/", none, flags, none)
+}
+
+fn leave_user(id: u32) -> nix::Result<()> {
+    let (user, group) = (Uid::from_raw(id), Gid::from_raw(id));
+    // A change of the user takes all of this away, but for what is asked to stay.
+    let dies_with = prctl::get_pdeathsig()?;
+    prctl::set_keepcaps(true)?;
+    setgroups(&[])?;
+    setresgid(group, group, group)?;
+    setresuid(user, user, user)?;
+    prctl::set_keepcaps(false)?;
+    prctl::set_pdeathsig(dies_with)?;
+    prctl::set_dumpable(false)
+}
+
+/// Gives up capabilities for good, but for those of [`enter_root`]. Called on the main thread when it is
 /// still the only one: both belong to threads and are inherited by those started later.
 ///
 /// # Errors
 /// The kernel refuses.
 pub fn confine() -> Result<()> {
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
-    keep_capabilities(1 << CAP_SYS_CHROOT).context("cannot give up capabilities")
+    keep_capabilities(LATER).context("cannot give up capabilities")
 }
 
 /// Confines the calling thread to what its kind needs, for good.
@@ -65,7 +115,7 @@ pub fn confine_thread(kind: Thread) -> io::Result<()> {
 ///
 /// # Errors
 /// The kernel refuses; or it has been done before.
-pub fn enter(directory: &OwnedFd) -> Result<()> {
+pub fn enter_root(directory: &OwnedFd) -> Result<()> {
     nix::unistd::fchdir(directory).context("cannot enter the container's root")?;
     nix::unistd::chroot(".").context("cannot enter the container's root")?;
     keep_capabilities(0).context("cannot give up capabilities")

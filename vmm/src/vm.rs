@@ -18,7 +18,7 @@ use sepal_protocol::vm::{BlkSpec, FdIndex, KernelSpec, KvmFlavour, NetSpec, VmSp
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::boot::{self, Kernel};
+use crate::boot::{self, Kernel, Source};
 use crate::bus::Bus;
 use crate::clock::{self, Stages};
 use crate::exit::Exit;
@@ -92,7 +92,9 @@ impl Prepared {
         let load = || -> Result<Preloaded> {
             let path = kernel_for(kernels, self.flavour)?.to_owned();
             let ram = RamFile::new(false)?;
-            let kernel = boot::load_kernel(&path, ram.target(), &Layout::new(LOW_RAM_END)?, true)?;
+            let source = Source::kernel(&path)?;
+            let layout = Layout::new(LOW_RAM_END)?;
+            let kernel = boot::load_kernel(source, ram.target(), &layout, true)?;
             Ok(Preloaded { path, kernel, ram })
         };
         match load() {
@@ -325,8 +327,13 @@ pub fn boot(
     let image = image.transpose()?;
     stages.reached("memory");
 
+    let files = Files::open(spec, preloaded, kernel)?;
     // Before the first thread starts: all of them inherit what is given up here.
+    if let Some(jail) = &spec.jail {
+        jail::enter(jail)?;
+    }
     jail::confine()?;
+    stages.reached("confined");
     worker::set_thread_filter(Box::new(|device| {
         jail::confine_thread(seccomp::Thread::Device(device))
     }));
@@ -337,12 +344,17 @@ pub fn boot(
         memory,
         launcher,
     };
-    let log = open_log(spec.console.as_deref())?;
+    let Files {
+        log,
+        vsock,
+        kernel: source,
+        initrd,
+    } = files;
     // Loading the kernel is mostly copying. KVM takes 5 ms for a memory slot, in which it waits for
     // readers of the old ones; the devices do not need them.
     let (loaded, devices, slots) = thread::scope(|scope| {
         let loader = scope.spawn(|| {
-            let loaded = load(kernel, flavour, preloaded, spec, &ram);
+            let loaded = load(kernel, flavour, source, initrd, &ram);
             (loaded, clock::now())
         });
         let slots = scope.spawn(|| -> Result<u64> {
@@ -357,7 +369,7 @@ pub fn boot(
         let pmem = image
             .as_ref()
             .map(|(gpa, image)| Pmem::new(*gpa, image.size()));
-        let devices = add_devices(&mut builder, spec, pmem, fds, &log);
+        let devices = add_devices(&mut builder, spec, (pmem, vsock), fds, &log);
         stages.reached("devices");
         let panicked = |_| anyhow!("a thread that builds the VM panicked");
         let loaded = loader.join().map_err(panicked);
@@ -450,25 +462,63 @@ fn kernel_for(kernels: &KernelSpec, flavour: KvmFlavour) -> Result<&Path> {
     kernel.as_deref().ok_or_else(|| anyhow!(remedy))
 }
 
+/// What is opened by its path, while paths lead somewhere.
+struct Files {
+    log: Arc<Log>,
+    vsock: Vsock,
+    kernel: KernelSource,
+    initrd: Option<Source>,
+}
+
+/// Where the kernel is.
+enum KernelSource {
+    /// In RAM.
+    Loaded(Kernel),
+    /// In its file.
+    File(Source),
+}
+
+impl Files {
+    fn open(spec: &VmSpec, preloaded: Option<Kernel>, kernel: &Path) -> Result<Self> {
+        let listen = || format!("cannot listen at {}", spec.vsock.display());
+        let mut vsock = Vsock::new(GUEST_CID, spec.vsock.clone()).with_context(listen)?;
+        if let Some(jail) = &spec.jail {
+            let outside = || anyhow!("the vsock socket is not in the jail's root directory");
+            let inside = spec.vsock.strip_prefix(&jail.root).ok();
+            vsock.dial_at(Path::new("/").join(inside.ok_or_else(outside)?));
+        }
+        Ok(Self {
+            log: open_log(spec.console.as_deref())?,
+            vsock,
+            kernel: match preloaded {
+                Some(kernel) => KernelSource::Loaded(kernel),
+                None => KernelSource::File(Source::kernel(kernel)?),
+            },
+            initrd: spec.initrd.as_deref().map(Source::initrd).transpose()?,
+        })
+    }
+}
+
 fn load(
     path: &Path,
     flavour: KvmFlavour,
-    preloaded: Option<Kernel>,
-    spec: &VmSpec,
+    kernel: KernelSource,
+    initrd: Option<Source>,
     ram: &Ram,
 ) -> Result<(Kernel, Option<(u64, u64)>)> {
-    let kernel = match preloaded {
-        Some(kernel) => kernel.check(path, &ram.layout)?,
-        None => boot::load_kernel(path, ram.target(), &ram.layout, ram.can_share())?,
+    let kernel = match kernel {
+        KernelSource::Loaded(kernel) => kernel.check(path, &ram.layout)?,
+        KernelSource::File(source) => {
+            boot::load_kernel(source, ram.target(), &ram.layout, ram.can_share())?
+        }
     };
     let kernel = kernel.check_flavour(path, flavour)?;
     if let Some(pages) = &kernel.shared {
         ram.share(pages)
             .with_context(|| format!("cannot map the guest kernel {}", path.display()))?;
     }
-    let initrd = spec.initrd.as_deref();
     let initrd = initrd
-        .map(|path| boot::load_initrd(path, ram.target(), &ram.layout, &kernel))
+        .map(|source| boot::load_initrd(source, ram.target(), &ram.layout, &kernel))
         .transpose()?;
     Ok((kernel, initrd))
 }
@@ -504,7 +554,7 @@ fn map_image(path: &Path, window: &mut Window) -> Result<(u64, Arc<Image>)> {
 fn add_devices(
     builder: &mut Builder,
     spec: &VmSpec,
-    pmem: Option<Pmem>,
+    (pmem, vsock): (Option<Pmem>, Vsock),
     fds: &mut Descriptors,
     log: &Arc<Log>,
 ) -> Result<(Arc<PciBus>, Option<Arc<balloon::Control>>)> {
@@ -514,8 +564,6 @@ fn add_devices(
     if let Some(pmem) = pmem {
         builder.add(&pci, None, Box::new(pmem))?;
     }
-    let vsock = Vsock::new(GUEST_CID, spec.vsock.clone())
-        .with_context(|| format!("cannot listen at {}", spec.vsock.display()))?;
     builder.add(&pci, None, Box::new(vsock))?;
     for fs in &spec.fs {
         let socket = fds.take(fs.socket, "virtio-fs")?.into();

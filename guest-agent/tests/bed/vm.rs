@@ -80,6 +80,7 @@ impl Vm {
             vsock: directory.join("vsock.sock"),
             control: None,
             console: Some(directory.join("console.log")),
+            jail: None,
             early_console: false,
             fs: vec![FsSpec {
                 tag: "sepal".into(),

@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use sepal_protocol::control::{self, Request, Response};
-use sepal_protocol::vm::{CpuSpec, ExitCause, KernelSpec, MemorySpec, VmSpec};
+use sepal_protocol::vm::{CpuSpec, ExitCause, JailSpec, KernelSpec, MemorySpec, VmSpec};
+
+/// The user that it becomes.
+pub const USER: u32 = 2_000_000_001;
 
 /// A VMM under test. Dropping it kills it.
 pub struct Vmm {
@@ -90,10 +93,12 @@ impl Vmm {
             });
         }
         let child = command.spawn().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("vm")).unwrap();
         Self {
             child,
             control: Some(ours),
-            dir: tempfile::tempdir().unwrap(),
+            dir,
         }
     }
 
@@ -116,9 +121,13 @@ impl Vmm {
             cmdline: "noreplace-smp".into(),
             image: None,
             initrd: None,
-            vsock: self.dir.path().join("vsock.sock"),
+            vsock: self.dir.path().join("vm/vsock"),
             control: Some(self.dir.path().join("control.sock")),
             console: Some(self.dir.path().join("console.log")),
+            jail: nix::unistd::geteuid().is_root().then(|| JailSpec {
+                root: self.dir.path().join("vm"),
+                user: USER,
+            }),
             early_console: false,
             fs: vec![],
             net: vec![],

@@ -1,10 +1,11 @@
 //! The machine without Linux: kernels of a few instructions on real KVM, and the operator's errors.
 
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use super::guest::{Vmm, bare, out};
+use super::guest::{USER, Vmm, bare, out};
 use sepal_protocol::control::{Request, Response};
 use sepal_protocol::vm::{ExitCause, VmSpec};
 
@@ -99,6 +100,19 @@ fn requests_are_answered_in_order_by_a_busy_machine() {
     assert_eq!(vmm.wait(), ExitCause::PowerOff);
 }
 
+/// The status of a thread that has confined itself: its filter is the last that it takes.
+fn confined(task: &Path) -> String {
+    let end = Instant::now() + Duration::from_secs(20);
+    loop {
+        let status = std::fs::read_to_string(task.join("status")).unwrap();
+        if status.contains("Seccomp:\t2") {
+            return status;
+        }
+        assert!(Instant::now() < end, "{status}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn its_pid_leads_to_the_containers_files_and_its_privileges_are_gone() {
     if !super::guest::kvm() || std::fs::metadata("/proc/self").is_ok_and(|me| me.uid() != 0) {
@@ -108,21 +122,41 @@ fn its_pid_leads_to_the_containers_files_and_its_privileges_are_gone() {
     let vmm = Vmm::spawn();
     let kernel = vmm.file("kernel", &bare(&[]));
     vmm.boot(vmm.spec(kernel));
+    let process = PathBuf::from(format!("/proc/{}", vmm.child.id()));
+    let names = |directory| -> Vec<_> {
+        let entries = std::fs::read_dir(process.join(directory)).unwrap();
+        entries.map(|entry| entry.unwrap().file_name()).collect()
+    };
+    // What the guest may dial is all that there is.
+    assert_eq!(names("root"), ["vsock"]);
+    let mounts = std::fs::read_to_string(process.join("mountinfo")).unwrap();
+    assert_eq!(mounts.lines().count(), 1, "{mounts}");
+    assert!(mounts.contains(" / ro,nosuid,nodev,noexec"), "{mounts}");
+    for namespace in ["mnt", "ipc", "uts"] {
+        let of = |process: &str| std::fs::read_link(format!("{process}/ns/{namespace}")).unwrap();
+        assert_ne!(of(&process.to_string_lossy()), of("/proc/self"));
+    }
     let rootfs = vmm.dir.path().join("rootfs");
     std::fs::create_dir(&rootfs).unwrap();
     let directory = std::fs::File::open(&rootfs).unwrap();
     let enter = || vmm.ask_with(&Request::EnterRoot, &[directory.as_raw_fd()]);
+    // An image may close its root directory to others.
+    std::fs::set_permissions(&rootfs, std::fs::Permissions::from_mode(0o700)).unwrap();
     assert_eq!(enter(), Response::Ok);
-    let process = PathBuf::from(format!("/proc/{}", vmm.child.id()));
     assert_eq!(std::fs::read_link(process.join("root")).unwrap(), rootfs);
     for task in std::fs::read_dir(process.join("task")).unwrap() {
-        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let status = confined(&task.unwrap().path());
         for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
             assert!(
                 status.contains(&format!("{set}:\t0000000000000000")),
                 "{status}"
             );
         }
+        for ids in ["Uid", "Gid"] {
+            let user = format!("{ids}:\t{USER}\t{USER}\t{USER}\t{USER}\n");
+            assert!(status.contains(&user), "{status}");
+        }
+        assert!(status.contains("Groups:\t \n"), "{status}");
     }
     assert!(matches!(enter(), Response::Error { .. }));
     let nothing = vmm.ask(&Request::EnterRoot);

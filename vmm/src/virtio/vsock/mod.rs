@@ -40,6 +40,8 @@ const QUEUE_SIZES: [u16; 3] = [64, 128, 16];
 pub struct Vsock {
     guest_cid: u64,
     path: PathBuf,
+    /// What it is called by who dials for the guest.
+    dialled: PathBuf,
     listener: UnixListener,
     worker: Option<Worker>,
 }
@@ -55,10 +57,17 @@ impl Vsock {
         listener.set_nonblocking(true)?;
         Ok(Self {
             guest_cid,
+            dialled: path.clone(),
             path,
             listener,
             worker: None,
         })
+    }
+
+    /// The host's sockets that the guest dials are found beside this path, and not beside that of the
+    /// listener: for who has another root directory meanwhile.
+    pub fn dial_at(&mut self, path: PathBuf) {
+        self.dialled = path;
     }
 }
 
@@ -99,7 +108,7 @@ impl VirtioDevice for Vsock {
             _ => return Err(ActivateError::MissingQueues { got, need: 2 }),
         };
         let listener = self.listener.try_clone().map_err(ActivateError::Worker)?;
-        let (guest_cid, path, theirs) = (self.guest_cid, self.path.clone(), interrupt.clone());
+        let (guest_cid, path, theirs) = (self.guest_cid, self.dialled.clone(), interrupt.clone());
         let body = move |waits: &Waits| {
             for (queue, token) in [(&receive, RECEIVE_KICK), (&transmit, TRANSMIT_KICK)] {
                 waits
