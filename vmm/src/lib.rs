@@ -12,6 +12,7 @@ pub mod clock;
 pub mod cmdline;
 pub mod control;
 pub mod exit;
+pub mod ioctls;
 pub mod jail;
 pub mod kvm;
 pub mod launcher;

@@ -1,7 +1,7 @@
 //! System calls that each kind of thread may make; any other ends the process.
 //!
-//! Filters are by number, and by argument where one call can do very different things (prctl,
-//! socket, clone). A call that is not allowed names itself on stderr before the process dies with
+//! Filters are by number, and by argument where one call can do very different things (ioctl, prctl,
+//! socket). A call that is not allowed names itself on stderr before the process dies with
 //! the status of an internal error, so that a missing entry is found at once.
 
 use std::collections::BTreeMap;
@@ -14,6 +14,7 @@ use seccompiler::{
 };
 use sepal_protocol::vm::ExitCause;
 
+use crate::ioctls;
 use crate::virtio::device::DeviceType;
 
 /// What happens at a system call that is not allowed.
@@ -79,7 +80,6 @@ const EVERY: &[i64] = &[
 
 /// vCPUs: KVM, wiring interrupts and doorbells, and the console's file for the early console.
 const VCPU: &[i64] = &[
-    libc::SYS_ioctl,
     libc::SYS_fcntl,
     libc::SYS_poll,
     libc::SYS_ppoll,
@@ -90,7 +90,6 @@ const VCPU: &[i64] = &[
 
 /// The control thread: its clients, the files and sockets of hot-plugged devices.
 const CONTROL: &[i64] = &[
-    libc::SYS_ioctl,
     libc::SYS_fcntl,
     libc::SYS_poll,
     libc::SYS_ppoll,
@@ -142,7 +141,6 @@ const WORKER: &[i64] = &[
     libc::SYS_readv,
     libc::SYS_fcntl,
     libc::SYS_dup,
-    libc::SYS_ioctl,
     libc::SYS_poll,
     libc::SYS_ppoll,
     libc::SYS_timerfd_settime,
@@ -212,6 +210,16 @@ fn calls_of(thread: Thread) -> Vec<i64> {
     calls
 }
 
+const fn ioctls_of(thread: Thread) -> &'static [&'static [u64]] {
+    match thread {
+        Thread::Control => ioctls::CONTROL,
+        Thread::Vcpu => ioctls::VCPU,
+        Thread::Launcher => ioctls::LAUNCHER,
+        Thread::Device(DeviceType::Net) => ioctls::NETWORK,
+        Thread::Device(_) => ioctls::WORKER,
+    }
+}
+
 /// `value` is the only allowed value of the low 32 bits of argument `index`.
 fn only(index: u8, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(
@@ -237,6 +245,9 @@ fn program(thread: Thread, action: Action) -> Result<BpfProgram, seccompiler::Ba
             only(0, libc::PR_SET_VMA as u64)?,
         ],
     );
+    let requests = ioctls_of(thread).iter().copied().flatten();
+    let requests = requests.map(|request| only(1, *request));
+    rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
     if let Some(socket) = rules.get_mut(&libc::SYS_socket) {
         socket.push(only(0, libc::AF_UNIX as u64)?);
     }
