@@ -1,6 +1,7 @@
 //! `sepal-fs`: the file server of one pod, see the library.
 
 use std::ffi::{CString, OsString};
+use std::fs::File;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -30,6 +31,10 @@ struct Args {
     /// Descriptor of an eventfd to signal when descriptors run out and the guest should forget files.
     #[arg(long, value_name = "N")]
     pressure_fd: Option<RawFd>,
+    /// Descriptor of a pidfd: until a front end is there, this process ends with that one. Without it,
+    /// with its parent, which a process in a PID namespace of its own does not see.
+    #[arg(long, value_name = "N")]
+    starter_fd: Option<RawFd>,
     /// error, warn, info, debug or trace.
     #[arg(long, default_value = "warn")]
     log_level: log::LevelFilter,
@@ -53,9 +58,10 @@ fn run(args: &Args) -> anyhow::Result<()> {
     logger::install(args.log_level);
     let listener = sys::listener(args.listen_fd)
         .with_context(|| format!("descriptor {} is not a listening socket", args.listen_fd))?;
-    let event = args.pressure_fd.map(sys::event).transpose();
-    let event = event.context("--pressure-fd")?;
-    let parent = sys::parent().context("cannot watch the parent process")?;
+    let event = args.pressure_fd.map(sys::inherited).transpose();
+    let event = event.context("--pressure-fd")?.map(File::from);
+    let starter = args.starter_fd.map_or_else(sys::parent, sys::inherited);
+    let starter = starter.context("cannot watch the process that started this one")?;
     let descriptors = share::raise_descriptor_limit()?;
 
     let proc = confine::enter(&args.share)?;
@@ -65,5 +71,5 @@ fn run(args: &Args) -> anyhow::Result<()> {
     filter::install()?;
 
     let pressure = Pressure::new(event, descriptors);
-    serve::serve(fs, pressure, listener, parent, args.threads.into())
+    serve::serve(fs, pressure, listener, starter, args.threads.into())
 }

@@ -23,7 +23,7 @@ const ACCEPT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Serves the first front end that connects until it disconnects.
 ///
-/// Until then this process ends with its parent; afterwards with the VMM, which itself ends with
+/// Until then this process ends with its starter; afterwards with the VMM, which itself ends with
 /// the shim. (PR_SET_PDEATHSIG would not do: it is tied to the thread that started us, and a
 /// runtime's threads come and go.)
 ///
@@ -34,7 +34,7 @@ pub fn serve(
     files: Files,
     pressure: Pressure,
     listener: UnixListener,
-    parent: OwnedFd,
+    starter: OwnedFd,
     threads: usize,
 ) -> anyhow::Result<()> {
     let backend = Arc::new(Backend::new(files, pressure, threads));
@@ -43,8 +43,8 @@ pub fn serve(
         .map_err(shown)
         .context("cannot start the queue thread")?;
 
-    await_front_end(&listener, &parent)?;
-    drop(parent);
+    await_front_end(&listener, &starter)?;
+    drop(starter);
     let mut listener = Listener::from(listener);
     daemon
         .start(&mut listener)
@@ -65,10 +65,10 @@ pub fn serve(
     }
 }
 
-fn await_front_end(listener: &UnixListener, parent: &OwnedFd) -> anyhow::Result<()> {
+fn await_front_end(listener: &UnixListener, starter: &OwnedFd) -> anyhow::Result<()> {
     let mut fds = [
         PollFd::new(listener.as_fd(), PollFlags::POLLIN),
-        PollFd::new(parent.as_fd(), PollFlags::POLLIN),
+        PollFd::new(starter.as_fd(), PollFlags::POLLIN),
     ];
     let timeout = PollTimeout::try_from(ACCEPT_TIMEOUT).unwrap_or(PollTimeout::MAX);
     loop {
@@ -80,7 +80,7 @@ fn await_front_end(listener: &UnixListener, parent: &OwnedFd) -> anyhow::Result<
                 ACCEPT_TIMEOUT.as_secs()
             ),
             Ok(_) if fds[0].any() == Some(true) => return Ok(()),
-            Ok(_) => bail!("the parent process ended before a front end connected"),
+            Ok(_) => bail!("the process that started this one ended before a front end connected"),
         }
     }
 }

@@ -28,16 +28,16 @@ pub fn listener(fd: RawFd) -> io::Result<UnixListener> {
     Ok(socket.into())
 }
 
-/// Takes over an inherited eventfd(2), or whatever else can be written to.
+/// Takes over an inherited descriptor.
 ///
 /// # Errors
-/// The descriptor is not open.
-pub fn event(fd: RawFd) -> io::Result<File> {
+/// It is not open.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     if fd <= libc::STDERR_FILENO || !is_open(fd) {
         return Err(io::Error::from_raw_os_error(libc::EBADF));
     }
-    // SAFETY: it is open and ours by the contract of --pressure-fd.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) }.into())
+    // SAFETY: it is open and ours by the contract of the option that names it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Whether this number is that of an open descriptor.

@@ -3,7 +3,9 @@
 
 mod guest;
 
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::process::Command;
 
 use guest::*;
 use nix::mount::{MntFlags, umount2};
@@ -294,6 +296,33 @@ fn it_ends_in_order_when_the_front_end_is_gone() {
     Guest::mount(&server).disconnect();
     let (status, said) = server.end();
     assert!(status.success(), "{status}: {said}");
+}
+
+#[test]
+fn alone_in_a_pid_namespace_it_serves_and_ends_with_who_started_it() {
+    let share = Share::new();
+    let mut starter = Command::new("sleep").arg("1000").spawn().unwrap();
+    // SAFETY: no pointers; the descriptor is new, and ours.
+    let pidfd = unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, starter.id(), 0);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as RawFd)
+    };
+    let mut server = start_alone(&share.path(), &pidfd);
+    Guest::mount(&server).disconnect();
+    let (status, said) = server.end();
+    assert!(status.success(), "{status}: {said}");
+
+    let mut server = start_alone(&share.path(), &pidfd);
+    assert!(server.child.try_wait().unwrap().is_none());
+    starter.kill().unwrap();
+    let (status, said) = server.end();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(
+        said.contains("the process that started this one ended"),
+        "{said}"
+    );
+    starter.wait().unwrap();
 }
 
 #[test]

@@ -142,6 +142,8 @@ impl Vm {
             "3",
             "--pressure-fd",
             "4",
+            "--starter-fd",
+            "5",
             "--volumes",
             MOUNTS,
             "--log-level",
@@ -149,7 +151,8 @@ impl Vm {
             "--share",
         ]);
         command.arg(directory.join(pod::SHARE));
-        let inherited = [fs_socket.as_fd(), pressure.as_fd()];
+        let me = sys::pidfd_open(std::process::id()).map_err(io("open our own process"))?;
+        let inherited = [fs_socket.as_fd(), pressure.as_fd(), me.as_fd()];
         let fs = start(command, &directory.join(FS_LOG), &inherited, Netns::Same);
         let fs = match fs {
             Ok(fs) => fs,

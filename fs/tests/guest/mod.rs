@@ -4,7 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -132,28 +133,60 @@ pub struct Server {
 }
 
 pub fn start(share: &Path) -> Server {
+    spawn(share, None)
+}
+
+/// As the first process of a PID namespace, with a pidfd of its starter's as descriptor 4.
+pub fn start_alone(share: &Path, starter: &OwnedFd) -> Server {
+    spawn(share, Some(starter))
+}
+
+fn spawn(share: &Path, starter: Option<&OwnedFd>) -> Server {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("fs.sock");
     let listener = UnixListener::bind(&socket).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sepal-fs"));
+    let program = env!("CARGO_BIN_EXE_sepal-fs");
+    let mut command = match starter {
+        None => Command::new(program),
+        Some(_) => {
+            let mut command = Command::new("unshare");
+            command.args([
+                "--pid",
+                "--fork",
+                "--kill-child",
+                program,
+                "--starter-fd",
+                "4",
+            ]);
+            command
+        }
+    };
     command
         .args(["--listen-fd", "3", "--log-level", "info", "--share"])
         .arg(share);
     command.stdin(Stdio::null()).stderr(Stdio::piped());
-    let fd = listener.as_raw_fd();
+    // Out of each other's way.
+    let high = |fd: BorrowedFd<'_>| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(10)).unwrap();
+    let mut passed = vec![(high(listener.as_fd()), 3)];
+    passed.extend(starter.map(|fd| (high(fd.as_fd()), 4)));
+    let copies: Vec<_> = passed.iter().map(|(fd, _)| *fd).collect();
     // SAFETY: dup2 is async-signal-safe and touches no memory.
     unsafe {
-        command.pre_exec(move || match libc::dup2(fd, 3) {
-            3 if fd != 3 => Ok(()),
-            3 => match libc::fcntl(3, libc::F_SETFD, 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            },
-            _ => Err(std::io::Error::last_os_error()),
+        command.pre_exec(move || {
+            for (from, to) in &passed {
+                if libc::dup2(*from, *to) != *to {
+                    return Err(std::io::Error::last_os_error());
+                }
+            }
+            Ok(())
         });
     }
+    let child = command.spawn().unwrap();
+    for fd in copies {
+        nix::unistd::close(fd).unwrap();
+    }
     Server {
-        child: command.spawn().unwrap(),
+        child,
         socket,
         _directory: directory,
     }
