@@ -3,6 +3,7 @@
 mod check;
 mod console;
 mod exec;
+mod gc;
 mod guest;
 mod list;
 mod pods;
@@ -42,6 +43,9 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Removes what pods have left whose shims have ended, as after a crash that containerd does not know
+    /// of. Exit status 1 if something stays.
+    Gc,
     /// The kernel log of a pod's virtual machine.
     Console {
         /// The pod's id, or a beginning of it that no other pod's has.
@@ -65,6 +69,7 @@ fn main() -> ExitCode {
     let result = match args.command {
         Command::Check { json, root } => check::run(&root, json),
         Command::List { json } => list::run(&args.state, json),
+        Command::Gc => gc::run(),
         Command::Console { pod, follow } => console::run(&args.state, &pod, follow),
         Command::Exec { pod, command } => exec::run(&args.state, &pod, &command),
     };

@@ -17,6 +17,7 @@ pub mod error;
 pub mod events;
 pub mod features;
 pub mod forward;
+pub mod gc;
 pub mod hooks;
 pub mod limits;
 pub mod log;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use containerd_shim::Flags;
 use sepal_protocol::paths::STATE_ROOT;
-use sepal_shim::{RUNTIME, serve, start};
+use sepal_shim::{RUNTIME, gc, serve, start};
 
 fn main() -> ExitCode {
     match run() {
@@ -38,7 +38,8 @@ fn run() -> anyhow::Result<()> {
     match flags.action.as_str() {
         "start" => start::start(&flags),
         "delete" => runtime.block_on(start::delete(&flags, state_root)),
+        "gc" => runtime.block_on(gc::run(state_root)),
         "" => runtime.block_on(serve::serve(&flags, state_root)),
-        other => anyhow::bail!("unknown action {other:?}: expected start or delete"),
+        other => anyhow::bail!("unknown action {other:?}: expected start, delete or gc"),
     }
 }

@@ -206,8 +206,8 @@ async fn forget_member(flags: &Flags, state_root: &Path) {
     }
 }
 
-/// The dead server's socket: a path below a directory of sockets, written by `start`.
-fn remove_socket(bundle: &Path) {
+/// Removes a dead server's socket: a path below a directory of sockets, written by `start`.
+pub fn remove_socket(bundle: &Path) {
     let Ok(address) = std::fs::read_to_string(bundle.join("address")) else {
         return;
     };

@@ -197,3 +197,34 @@ fn containerd_and_the_shim_are_both_killed() {
     sockets_of_the_control(&bed);
     removed_completely(&bed, &container);
 }
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn gc_removes_what_a_dead_shim_has_left_and_leaves_the_living() {
+    let bed = Bed::alone();
+    if !bed.has_vm() {
+        return;
+    }
+    let (dead, alive) = (idle(&bed), idle(&bed));
+    let pid = dead.pid_of(&bed, PodProcess::Shim).to_string();
+    bed.containerd("kill").success();
+    bed.command(["kill", "-9", &pid]).run().success();
+    let gc = || bed.command(["sepal", "gc"]).run().success().out();
+    let removed = gc();
+    assert!(removed.contains(dead.id()), "{removed}");
+    assert_eq!(removed.lines().count(), 1, "{removed}");
+    let left = bed
+        .sh("ls /run/sepal; cat /proc/mounts; ps axww")
+        .run()
+        .out();
+    assert!(
+        !left.contains(dead.id()) && left.contains(alive.id()),
+        "{left}"
+    );
+    assert_eq!(gc(), "");
+    bed.containerd("start").success();
+    assert_eq!(alive.sh("echo still here").success().out(), "still here");
+    truth_within_five_seconds(&bed, &dead);
+    alive.remove();
+    removed_completely(&bed, &dead);
+}
