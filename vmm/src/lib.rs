@@ -7,6 +7,8 @@
 
 pub mod acpi;
 pub mod boot;
+#[cfg(feature = "breach")]
+pub mod breach;
 pub mod bus;
 pub mod clock;
 pub mod cmdline;

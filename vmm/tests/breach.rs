@@ -1,0 +1,169 @@
+//! What an attacker finds who has taken over a thread of the VMM (`src/breach.rs`): each attempt, in each
+//! kind of thread that reads what a guest writes, with the filters of system calls and, for what
+//! more stands there, without.
+
+#[path = "boot/guest.rs"]
+#[allow(dead_code, reason = "the tests of booting use the rest")]
+mod guest;
+
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use sepal_protocol::control::{self, Request, Response};
+use sepal_protocol::vm::{CpuSpec, JailSpec, KernelSpec, MemorySpec, VmSpec};
+use sepal_vmm::breach::{ATTEMPTS, THREADS, TRIED};
+
+/// A process that is not the VMM's.
+struct Victim(Child);
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What one attempt came to: the exit status, and what the VMM said.
+fn attempt(
+    what: &str,
+    thread: &str,
+    filters: bool,
+    victim: &Victim,
+    socket: &Path,
+) -> (i32, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("vm");
+    std::fs::create_dir(&root).unwrap();
+    let kernel = directory.path().join("kernel");
+    // cli; hlt; jmp: it waits.
+    std::fs::write(&kernel, guest::bare(&[0xfa, 0xf4, 0xeb, 0xfd])).unwrap();
+    let (ours, theirs): (OwnedFd, OwnedFd) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .unwrap();
+    // As the shim spawns it: alone among processes, in the pod's network namespace.
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--pid",
+            "--net",
+            "--fork",
+            "--kill-child",
+            env!("CARGO_BIN_EXE_sepal-vmm"),
+        ])
+        .args([
+            "--control-fd",
+            "3",
+            "--seccomp",
+            if filters { "kill" } else { "off" },
+        ])
+        .env("SEPAL_BREACH", format!("{thread}:{what}"))
+        .env("SEPAL_BREACH_PID", victim.0.id().to_string())
+        .env("SEPAL_BREACH_SOCKET", socket)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped());
+    let fd = theirs.as_raw_fd();
+    // SAFETY: dup2 is async-signal-safe and its arguments are plain numbers.
+    unsafe {
+        command.pre_exec(move || match libc::dup2(fd, 3) {
+            3 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        });
+    }
+    let mut child = command.spawn().unwrap();
+    drop(theirs);
+    let spec = VmSpec {
+        pod_id: "breach".into(),
+        cpus: CpuSpec { boot: 1, max: 1 },
+        memory: MemorySpec {
+            size: 64 << 20,
+            max: 0,
+            hugepages: false,
+            max_huge: 0,
+            mergeable: false,
+        },
+        kernels: KernelSpec {
+            hardware: Some(kernel.clone()),
+            deprivileged: Some(kernel),
+        },
+        cmdline: String::new(),
+        image: None,
+        initrd: None,
+        vsock: root.join("vsock"),
+        jail: Some(JailSpec {
+            root,
+            user: 2_000_000_002,
+        }),
+        control: None,
+        console: None,
+        early_console: false,
+        fs: vec![],
+        net: vec![],
+        blk: vec![],
+        balloon: true,
+    };
+    control::send(&ours, &Request::Boot(Box::new(spec)), &[]).unwrap();
+    let _ = control::receive::<Response>(&ours);
+    let mut said = String::new();
+    child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut said)
+        .unwrap();
+    let status = child.wait().unwrap();
+    (status.code().unwrap_or(-1), said)
+}
+
+#[test]
+fn nothing_of_the_hosts_can_be_reached_from_a_thread_that_a_guest_has_taken_over() {
+    if !guest::kvm() || !nix::unistd::geteuid().is_root() {
+        eprintln!("skipped: needs KVM and root");
+        return;
+    }
+    let victim = Victim(Command::new("sleep").arg("1000").spawn().unwrap());
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("other");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let name = SocketAddr::from_abstract_name("sepal-breach").unwrap();
+    let _abstract_listener = UnixListener::bind_addr(&name).unwrap();
+
+    let mut through = Vec::new();
+    for (thread, _) in THREADS {
+        for tried in ATTEMPTS {
+            let of = |filters| attempt(tried.name, thread, filters, &victim, &socket);
+            let (with, without) = (answer(of(true)), answer(of(false)));
+            println!("{thread:8} {:24} {with:45} {without}", tried.name);
+            if with.starts_with("done") || tried.second_wall && without.starts_with("done") {
+                through.push(format!("{thread}: {}: {with}; {without}", tried.name));
+            }
+        }
+    }
+    assert!(through.is_empty(), "{through:#?}");
+    let mut victim = victim;
+    assert!(victim.0.try_wait().unwrap().is_none(), "the victim is dead");
+}
+
+/// How an attempt went, in a few words.
+fn answer((status, said): (i32, String)) -> String {
+    if let Some(line) = said.lines().find(|line| line.starts_with("breach ")) {
+        assert_eq!(status, TRIED, "{said}");
+        let outcome = line.split_once(": ").expect("an outcome").1;
+        assert_ne!(outcome, "unknown");
+        return outcome.to_owned();
+    }
+    let killed = said.lines().find_map(|line| {
+        let rest = line.strip_prefix("sepal-vmm: system call ")?;
+        Some(format!("killed at system call {}", rest.get(..4)?))
+    });
+    killed.unwrap_or_else(|| panic!("status {status}: {said}"))
+}
