@@ -136,6 +136,17 @@ impl Bed {
         }
     }
 
+    /// Whether the bed is a machine of its own, which can be rebooted. Says so when it is not.
+    pub fn can_reboot(&self) -> bool {
+        let machine = self.kind == Kind::Node;
+        if !machine {
+            println!(
+                "left out: about a node's reboot, and the native bed is no machine of its own"
+            );
+        }
+        machine
+    }
+
     /// Whether shares of a processor can be measured, and more than one be had. Says so when they
     /// cannot: the node's are emulated, and its clock goes on while they have to wait.
     pub fn has_real_processors(&self) -> bool {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::path::Path;
 use std::time::Duration;
 
+use crate::bed::Kind;
 use crate::{Bed, Command, Outcome, eventually, seconds};
 
 /// How long a pod may take to get where it should.
@@ -33,13 +34,19 @@ impl Cluster {
     }
 
     fn of(bed: Bed) -> Self {
-        let ready = bed.command(["kubectl", "get", "--raw", "/readyz"]).run();
+        let cluster = Self { bed };
+        let ready = cluster.kubectl(["get", "--raw", "/readyz"]).run();
         assert!(
             ready.ok(),
             "the bed has no cluster (tests/kube/run makes one):\n{}",
             ready.report()
         );
-        Self { bed }
+        cluster
+    }
+
+    /// The cluster's own program.
+    fn control<A: AsRef<OsStr>>(argv: impl IntoIterator<Item = A>) -> Command {
+        Command::new([Path::new(env!("CARGO_MANIFEST_DIR")).join("kube/cluster")]).args(argv)
     }
 
     /// The bed it is in.
@@ -59,13 +66,31 @@ impl Cluster {
     /// Stops or starts a daemon of the cluster by its name.
     #[track_caller]
     pub fn daemon(&self, verb: &str, name: &str) {
-        let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("kube/cluster");
-        Command::new([program]).args([verb, name]).run().success();
+        Self::control([verb, name]).run().success();
+    }
+
+    /// Shuts the node down (`reboot`) or takes its power away (`power-cut`) and starts it again, with what
+    /// runs on it as services.
+    #[track_caller]
+    pub fn restart_node(&self, verb: &str) {
+        Self::control([verb]).run().success();
+    }
+
+    /// Asserts that nothing is left beyond a fresh cluster, given some minutes to go.
+    #[track_caller]
+    pub fn assert_nothing_left(&self) {
+        let patience = crate::bed::stretched(seconds(60)).as_secs().to_string();
+        let left = Self::control(["leaks", &patience]).patience(PATIENCE).run();
+        assert!(left.ok(), "left behind:\n{}", left.report());
     }
 
     /// A command of kubectl.
     pub fn kubectl<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
-        self.bed.command(["kubectl"]).args(argv)
+        match self.bed.kind() {
+            Kind::Native => self.bed.command(["kubectl"]).args(argv),
+            // From beside the node, at a real processor's speed.
+            Kind::Node => Self::control(["kubectl"]).args(argv),
+        }
     }
 
     /// A namespace of its own for a test.
@@ -109,10 +134,13 @@ impl Namespace<'_> {
 
     /// The same with a terminal.
     pub fn terminal_kubectl<A: AsRef<OsStr>>(&self, argv: impl IntoIterator<Item = A>) -> Command {
-        self.cluster
-            .bed
-            .terminal_command(["kubectl", "-n", &self.name])
-            .args(argv)
+        let bed = &self.cluster.bed;
+        let kubectl = match bed.kind() {
+            Kind::Native => bed.terminal_command(["kubectl"]),
+            // Which has the caller's own terminal.
+            Kind::Node => self.cluster.kubectl([""; 0]),
+        };
+        kubectl.args(["-n", &self.name]).args(argv)
     }
 
     /// `kubectl apply` of a manifest as a user would write it; the control run has its RuntimeClass in
@@ -156,7 +184,10 @@ impl Namespace<'_> {
     /// there as it is described.
     #[track_caller]
     pub fn roll_out(&self, object: &str, limit: u64) {
-        let timeout = format!("--timeout={limit}s");
+        let timeout = format!(
+            "--timeout={}s",
+            crate::bed::stretched(seconds(limit)).as_secs()
+        );
         self.kubectl(["rollout", "status", object, &timeout])
             .patience(seconds(limit + 20))
             .run()
@@ -306,7 +337,7 @@ impl Pod<'_> {
                 "{path} is {said:?}, want {value:?}\n{}",
                 self.describe()
             );
-            std::thread::sleep(Duration::from_millis(200));
+            std::thread::sleep(crate::bed::stretched(Duration::from_millis(50)));
         }
     }
 

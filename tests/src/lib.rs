@@ -56,7 +56,8 @@ pub fn eventually<T>(
             Instant::now() < deadline,
             "waited {patience:?} in vain: {what}"
         );
-        std::thread::sleep(Duration::from_millis(50));
+        // A look costs the emulated processor more, too.
+        std::thread::sleep(bed::stretched(Duration::from_millis(50)));
     }
 }
 
