@@ -65,6 +65,9 @@ pub const ATTEMPTS: &[Attempt] = &[
     both("open-above-root", |_| {
         open(c"../../../../etc/passwd", libc::O_RDONLY)
     }),
+    both("list-root", |_| {
+        open(c"/", libc::O_RDONLY | libc::O_DIRECTORY)
+    }),
     both("make-file", |_| {
         open(c"/breach", libc::O_WRONLY | libc::O_CREAT)
     }),

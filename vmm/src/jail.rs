@@ -12,6 +12,9 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use landlock::{
+    Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError, Scope,
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
@@ -97,7 +100,23 @@ fn leave_user(id: u32) -> nix::Result<()> {
 /// The kernel refuses.
 pub fn confine() -> Result<()> {
     prctl::set_no_new_privs().context("cannot give up new privileges")?;
+    give_up_files().context("cannot give up the use of files")?;
     keep_capabilities(LATER).context("cannot give up capabilities")
+}
+
+/// Has Landlock refuse whatever it knows of, as far as this kernel has it: files and directories by their
+/// paths, TCP, and abstract Unix sockets and signals beyond this process. It holds where the root
+/// directory becomes the container's, too.
+fn give_up_files() -> Result<(), RulesetError> {
+    const ABI: landlock::ABI = landlock::ABI::V6;
+    Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(ABI))?
+        .handle_access(AccessNet::from_all(ABI))?
+        .scope(Scope::from_all(ABI))?
+        .create()?
+        .restrict_self()?;
+    Ok(())
 }
 
 /// Confines the calling thread to what its kind needs, for good.

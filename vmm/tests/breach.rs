@@ -137,13 +137,17 @@ fn nothing_of_the_hosts_can_be_reached_from_a_thread_that_a_guest_has_taken_over
     let name = SocketAddr::from_abstract_name("sepal-breach").unwrap();
     let _abstract_listener = UnixListener::bind_addr(&name).unwrap();
 
+    // SAFETY: with this flag the call only tells the version.
+    let landlock = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } > 0;
     let mut through = Vec::new();
     for (thread, _) in THREADS {
         for tried in ATTEMPTS {
             let of = |filters| attempt(tried.name, thread, filters, &victim, &socket);
             let (with, without) = (answer(of(true)), answer(of(false)));
             println!("{thread:8} {:24} {with:45} {without}", tried.name);
-            if with.starts_with("done") || tried.second_wall && without.starts_with("done") {
+            // The root directory itself is there: only Landlock stands before it.
+            let second_wall = tried.second_wall && (landlock || tried.name != "list-root");
+            if with.starts_with("done") || second_wall && without.starts_with("done") {
                 through.push(format!("{thread}: {}: {with}; {without}", tried.name));
             }
         }
