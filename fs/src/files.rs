@@ -44,6 +44,8 @@ struct Both {
     volumes: Volumes,
     unchanged: Unchanged,
     timeout: Duration,
+    /// Files are created in the name of a user of the guest's, and where that user may not do so here.
+    users: bool,
 }
 
 impl Both {
@@ -63,13 +65,14 @@ impl Both {
 
 impl Files {
     /// `proc` is /proc/self/fd; at most so many files without a name; how long attributes hold, if
-    /// not in a volume.
+    /// not in a volume; and whether whoever the guest's kernel lets create a file may.
     pub fn new(
         fs: PassthroughFs,
         proc: File,
         most_unnamed: u64,
         timeout: Duration,
         volumes: Volumes,
+        users: bool,
     ) -> Self {
         let most = usize::try_from(most_unnamed).unwrap_or(usize::MAX);
         Self(Arc::new(Both {
@@ -78,6 +81,7 @@ impl Files {
             volumes,
             unchanged: Unchanged::default(),
             timeout,
+            users,
         }))
     }
 
@@ -183,8 +187,13 @@ impl FileSystem for Files {
     type Handle = Handle;
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
-    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+    fn init(&self, mut capable: FsOptions) -> io::Result<FsOptions> {
         self.0.clear();
+        if self.0.users {
+            // virtiofsd creates files with a user's rights where the guest tells all of its groups, and
+            // else with its own.
+            capable.remove(FsOptions::CREATE_SUPP_GROUP);
+        }
         self.0.fs.init(capable)
     }
 

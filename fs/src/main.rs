@@ -28,6 +28,10 @@ struct Args {
     /// The directories `DIR/*/NAME` hold volumes, which others change as well.
     #[arg(long, value_name = "NAME", default_value = "mounts")]
     volumes: OsString,
+    /// The guest has a user namespace, whose root is not ours and may write where others own: who may
+    /// create what is left to its kernel, which asks in the name of whoever it has let.
+    #[arg(long)]
+    users: bool,
     /// Descriptor of an eventfd to signal when descriptors run out and the guest should forget files.
     #[arg(long, value_name = "N")]
     pressure_fd: Option<RawFd>,
@@ -66,7 +70,8 @@ fn run(args: &Args) -> anyhow::Result<()> {
 
     let proc = confine::enter(&args.share)?;
     let volumes = CString::new(args.volumes.as_bytes()).context("--volumes")?;
-    let fs = share::file_system(proc, descriptors, args.threads, Volumes::new(volumes))?;
+    let volumes = Volumes::new(volumes);
+    let fs = share::file_system(proc, descriptors, args.threads, volumes, args.users)?;
     confine::drop_privileges()?;
     filter::install()?;
 

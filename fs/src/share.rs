@@ -52,7 +52,8 @@ pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
     Ok(limit)
 }
 
-/// The file system below the root directory of this (confined) process.
+/// The file system below the root directory of this (confined) process. With `users` whatever the guest's
+/// kernel lets its users create is created.
 ///
 /// # Errors
 /// File handles cannot be opened.
@@ -61,6 +62,7 @@ pub fn file_system(
     descriptors: u64,
     threads: u8,
     volumes: Volumes,
+    users: bool,
 ) -> anyhow::Result<Files> {
     let ours = proc
         .descriptors
@@ -102,5 +104,5 @@ pub fn file_system(
     };
     let fs = PassthroughFs::new(config).context("cannot serve the share")?;
     let unnamed = descriptors / UNNAMED_SHARE;
-    Ok(Files::new(fs, ours, unnamed, TIMEOUT, volumes))
+    Ok(Files::new(fs, ours, unnamed, TIMEOUT, volumes, users))
 }

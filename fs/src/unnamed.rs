@@ -14,6 +14,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
+use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::linkat;
@@ -123,7 +124,11 @@ impl UnnamedFiles {
             bits(request.mode),
         );
         umask(before);
-        let file = File::from(made?);
+        // Where owners are mapped we are nobody; a program then takes a file with a name.
+        let file = File::from(made.map_err(|error| match error {
+            Errno::EOVERFLOW => Errno::EOPNOTSUPP,
+            other => other,
+        })?);
         let metadata = file.metadata()?;
         let mode = metadata.permissions().mode() & 0o7777;
         // In a set-group-id directory the group is the directory's, which the host has seen to.

@@ -90,7 +90,7 @@ fn run(input: Input) -> io::Result<()> {
     let proc = enter()?;
     assert!(!Path::new("/proc").exists(), "this is the host's root");
     let volumes = Volumes::new(c"mounts".into());
-    let files = file_system(proc, LIMIT, 0, volumes).expect("a tmpfs can be served");
+    let files = file_system(proc, LIMIT, 0, volumes, false).expect("a tmpfs can be served");
     let backend = Backend::new(files, Pressure::new(None, LIMIT), 0);
     let memory = Memory::from_ranges(&[(GuestAddress(0), RAM)]).expect("memory is left");
     let memory = GuestMemoryAtomic::new(memory);

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo};
@@ -27,6 +27,7 @@ use crate::process::{Asked, Process, send_signal};
 use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams};
 use crate::submounts;
+use crate::users::Users;
 
 /// Longest id of a container or an exec, in bytes: it becomes a directory's name.
 const MAX_ID: usize = 200;
@@ -44,6 +45,8 @@ pub struct Surroundings {
     pub streams: Arc<Rendezvous>,
     /// The pod's events.
     pub events: Arc<Events>,
+    /// The pod's users, where they are not the guest's.
+    pub users: OnceLock<Users>,
     /// The PID namespace that containers share, once one of them wants it.
     pub shared_pid: tokio::sync::Mutex<Option<SharedPid>>,
     /// No container lives as long as the pod: the shared PID namespace gets a process of its own.
@@ -493,6 +496,13 @@ async fn launch_init<'a>(
     let (ends, agent_ends) = streams.connect()?;
     let mut plan = plan.clone();
     let mut join = Vec::new();
+    if plan.user_namespace {
+        let missing = || Error::State("the pod has no user namespace".into());
+        let users = with.users.get().ok_or_else(missing)?.namespace();
+        let users = users.try_clone().context(|| "cannot join the pod".into())?;
+        plan = plan.joining(join_by_fd(LinuxNamespaceType::User, users.as_raw_fd())?);
+        join.push(users);
+    }
     let mut shared = None;
     if let Some(theirs) = pid_namespace.filter(|_| plan.shared_pid_namespace) {
         plan = plan.joining(join_by_fd(LinuxNamespaceType::Pid, theirs.as_raw_fd())?);
@@ -502,7 +512,10 @@ async fn launch_init<'a>(
         if with.holds_pid_namespace.load(Ordering::Relaxed)
             && guard.as_mut().and_then(SharedPid::live).is_none()
         {
-            *guard = Some(SharedPid::Pod(PodInit::start(&with.reaper)?));
+            *guard = Some(SharedPid::Pod(PodInit::start(
+                &with.reaper,
+                with.users.get(),
+            )?));
         }
         let namespace = match guard.as_mut().and_then(SharedPid::live) {
             Some(live) => {

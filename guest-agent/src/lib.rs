@@ -32,6 +32,7 @@ pub mod stdio;
 pub mod stream;
 pub mod submounts;
 pub mod sys;
+pub mod users;
 pub mod volumes;
 
 pub use service::{Sockets, serve};

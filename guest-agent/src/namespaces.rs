@@ -33,6 +33,9 @@ pub(crate) fn pin_namespaces(pid: i32, plan: &Plan) -> Result<Vec<(LinuxNamespac
     if !kinds.contains(&Ns::Pid) {
         kinds.push(Ns::Pid);
     }
+    if plan.user_namespace {
+        kinds.push(Ns::User);
+    }
     kinds
         .into_iter()
         .map(|kind| {

@@ -5,6 +5,7 @@
 //! set-up and every later change.
 
 use std::net::IpAddr;
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use futures_util::TryStreamExt;
@@ -19,6 +20,7 @@ use rtnetlink::{Handle, LinkUnspec, RouteMessageBuilder};
 use sepal_protocol::agent::{Interface, Neighbour, Network, Route};
 
 use crate::error::{Context, Error, Result};
+use crate::users::Users;
 
 /// How long a hot-plugged interface may take to appear.
 const LINK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -27,11 +29,12 @@ const MAX_NAME: usize = 15;
 /// RT_TABLE_MAIN.
 const MAIN_TABLE: u32 = 254;
 
-/// Brings interfaces, addresses, routes and neighbours to what is given.
+/// Brings interfaces, addresses, routes and neighbours to what is given. In a pod with users of its own
+/// the interfaces come to its network namespace first.
 ///
 /// # Errors
 /// With the first that is malformed or that the kernel refuses.
-pub async fn apply(network: &Network) -> Result<()> {
+pub async fn apply(network: &Network, users: Option<&Users>) -> Result<()> {
     if network == &Network::new() {
         return Ok(());
     }
@@ -39,7 +42,13 @@ pub async fn apply(network: &Network) -> Result<()> {
     let (connection, netlink, _) =
         rtnetlink::new_connection().context(|| "cannot open rtnetlink".into())?;
     let task = tokio::spawn(connection);
-    let done = wanted.apply(&netlink).await;
+    let done = async {
+        if let Some(users) = users {
+            wanted.fetch(&netlink, users).await?;
+        }
+        wanted.apply(&netlink).await
+    };
+    let done = done.await;
     task.abort();
     done
 }
@@ -120,6 +129,33 @@ impl<'a> Wanted<'a> {
             routes,
             neighbours,
         })
+    }
+
+    /// Takes interfaces that are not here yet from where they appear.
+    async fn fetch(&self, netlink: &Handle, users: &Users) -> Result<()> {
+        let present = links(netlink).await?;
+        let opened = users.in_first_network(rtnetlink::new_connection);
+        let opened = opened.and_then(|opened| opened);
+        let (connection, first, _) = opened.context(|| "cannot open rtnetlink".into())?;
+        let task = tokio::spawn(connection);
+        let fetch = async {
+            for (interface, _) in &self.interfaces {
+                if present.iter().any(|link| has_mac(link, &interface.mac)) {
+                    continue;
+                }
+                let index = find(&first, &interface.mac).await?.header.index;
+                let moved = LinkUnspec::new_with_index(index)
+                    .setns_by_fd(users.network().as_raw_fd())
+                    .build();
+                let what = || format!("cannot move {} to the pod's namespace", interface.name);
+                let moved = first.link().set(moved).execute().await;
+                moved.map_err(|error| refused(what(), error))?;
+            }
+            Ok(())
+        };
+        let done = fetch.await;
+        task.abort();
+        done
     }
 
     async fn apply(&self, netlink: &Handle) -> Result<()> {
@@ -333,17 +369,21 @@ fn name_of(link: &LinkMessage) -> Option<&str> {
         })
 }
 
+fn has_mac(link: &LinkMessage, mac: &[u8]) -> bool {
+    let mut attributes = link.attributes.iter();
+    attributes.any(|attribute| matches!(attribute, LinkAttribute::Address(own) if own == mac))
+}
+
 /// The interface with a MAC address. Waits a little: it may just be plugged in.
 async fn find(netlink: &Handle, mac: &[u8]) -> Result<LinkMessage> {
-    let has_mac = |link: &LinkMessage| {
-        link.attributes
-            .iter()
-            .any(|attribute| matches!(attribute, LinkAttribute::Address(own) if own == mac))
-    };
     let mut pause = Duration::from_millis(1);
     let deadline = tokio::time::Instant::now() + LINK_TIMEOUT;
     loop {
-        if let Some(link) = links(netlink).await?.into_iter().find(has_mac) {
+        if let Some(link) = links(netlink)
+            .await?
+            .into_iter()
+            .find(|link| has_mac(link, mac))
+        {
             return Ok(link);
         }
         if tokio::time::Instant::now() > deadline {

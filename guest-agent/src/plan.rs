@@ -10,8 +10,8 @@ use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{
     Capabilities, HooksBuilder, Linux, LinuxCapabilitiesBuilder, LinuxDevice, LinuxDeviceCgroup,
-    LinuxDeviceType, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxResources,
-    Mount, Process, Spec,
+    LinuxDeviceType, LinuxIdMapping, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxResources, Mount, Process, Spec,
 };
 
 use crate::error::{Error, Result};
@@ -44,6 +44,8 @@ pub struct Plan {
     pub device_rules: Vec<LinuxDeviceCgroup>,
     /// Whether the process shall live in the PID namespace that the pod's containers share.
     pub shared_pid_namespace: bool,
+    /// Whether it shall live in the pod's user namespace.
+    pub user_namespace: bool,
     /// What of the spec has no place in the guest.
     pub left_out: Vec<String>,
 }
@@ -75,6 +77,10 @@ pub fn container(mut spec: Spec, shared: &[String], root: &Path, facts: &Facts) 
     let mut linux = spec.linux().clone().unwrap_or_default();
     let names: Vec<LinuxNamespaceType> = namespaces(&mut linux, shared)?;
     let shared_pid_namespace = !names.contains(&LinuxNamespaceType::Pid);
+    let user_namespace = names.contains(&LinuxNamespaceType::User);
+    if !user_namespace {
+        linux.set_uid_mappings(None).set_gid_mappings(None);
+    }
     if !names.contains(&LinuxNamespaceType::Uts) {
         // The guest's own host name is the pod's (SetUpPod).
         spec.set_hostname(None).set_domainname(None);
@@ -112,6 +118,7 @@ pub fn container(mut spec: Spec, shared: &[String], root: &Path, facts: &Facts) 
     spec.set_linux(Some(linux));
     let mut plan = finish(spec, process, owner, shared_pid_namespace, left_out)?;
     plan.device_rules = device_rules;
+    plan.user_namespace = user_namespace;
     Ok(plan)
 }
 
@@ -207,6 +214,7 @@ fn finish(
         oom_score_adj,
         device_rules: Vec::new(),
         shared_pid_namespace,
+        user_namespace: false,
         left_out,
     })
 }
@@ -281,7 +289,8 @@ fn check_process(process: &mut Process, left_out: &mut Vec<String>) -> Result<()
 /// The pod's network, host name and IPC namespaces are the guest's own, and so a container that
 /// shares them (or was meant to have the host's) simply stays in them. A network namespace is never
 /// made: the guest's has exactly the pod's interfaces. "The host's" PID namespace is the pod's shared
-/// one, in which the agent does not appear.
+/// one, in which the agent does not appear. The user namespace is the pod's; it is joined when the process
+/// is made, and not among those that are left.
 fn namespaces(linux: &mut Linux, shared: &[String]) -> Result<Vec<LinuxNamespaceType>> {
     use LinuxNamespaceType as Ns;
     let mut kept = Vec::new();
@@ -291,8 +300,10 @@ fn namespaces(linux: &mut Linux, shared: &[String]) -> Result<Vec<LinuxNamespace
         match kind {
             Ns::Network => {}
             Ns::Uts | Ns::Ipc | Ns::Pid if is_shared || namespace.path().is_some() => {}
-            Ns::User if is_shared || namespace.path().is_some() => {
-                return Err(invalid("containers cannot share a user namespace"));
+            Ns::User if !is_shared => {
+                return Err(invalid(
+                    "a container has the users of its pod, and no user namespace of its own",
+                ));
             }
             Ns::User if linux.uid_mappings().as_ref().is_none_or(Vec::is_empty) => {
                 return Err(invalid("the user namespace has no id mappings"));
@@ -304,6 +315,7 @@ fn namespaces(linux: &mut Linux, shared: &[String]) -> Result<Vec<LinuxNamespace
     kept.extend([Ns::Mount, Ns::Cgroup]);
     let made = kept
         .iter()
+        .filter(|kind| **kind != Ns::User)
         .map(|kind| LinuxNamespaceBuilder::default().typ(*kind).build())
         .collect::<std::result::Result<Vec<_>, _>>()
         .map_err(|error| invalid(&error.to_string()))?;
@@ -522,20 +534,29 @@ fn check_sysctls(linux: &Linux) -> Result<()> {
 
 /// A user of the container as the guest's initial user namespace knows it.
 fn guest_uid(linux: &Linux, uid: u32) -> Result<u32> {
-    let Some(mappings) = linux
-        .uid_mappings()
-        .as_ref()
-        .filter(|mappings| !mappings.is_empty())
-    else {
-        return Ok(uid);
-    };
-    mappings
-        .iter()
-        .find_map(|mapping| {
-            let offset = uid.checked_sub(mapping.container_id())?;
-            (offset < mapping.size()).then(|| mapping.host_id().checked_add(offset))?
-        })
+    guest_id(linux.uid_mappings().as_deref(), uid)
         .ok_or_else(|| invalid(&format!("user {uid} is not mapped in the user namespace")))
+}
+
+fn guest_id(mappings: Option<&[LinuxIdMapping]>, id: u32) -> Option<u32> {
+    let Some(mappings) = mappings.filter(|mappings| !mappings.is_empty()) else {
+        return Some(id);
+    };
+    mappings.iter().find_map(|mapping| {
+        let offset = id.checked_sub(mapping.container_id())?;
+        (offset < mapping.size()).then(|| mapping.host_id().checked_add(offset))?
+    })
+}
+
+/// Who root of a planned container is in the guest's initial user namespace: a user and a group.
+#[must_use]
+pub fn root_of(spec: &Spec) -> (u32, u32) {
+    let linux = spec.linux().as_ref();
+    let id = |mappings: Option<&[LinuxIdMapping]>| guest_id(mappings, 0).unwrap_or(0);
+    (
+        id(linux.and_then(|linux| linux.uid_mappings().as_deref())),
+        id(linux.and_then(|linux| linux.gid_mappings().as_deref())),
+    )
 }
 
 #[cfg(test)]

@@ -208,10 +208,28 @@ fn users_are_mapped_out_of_a_user_namespace() {
            "gidMappings": [{"containerID": 0, "hostID": 65536, "size": 65536}],
            "namespaces": [{"type": "user"}, "#,
     );
-    assert_eq!(plan_of(&mapped, &[]).unwrap().owner, 66_536);
+    let plan = plan_of(&mapped, &["user"]).unwrap();
+    assert_eq!(
+        (plan.owner, root_of(&plan.spec)),
+        (66_536, (65_536, 65_536))
+    );
+    assert!(plan.user_namespace, "joined when it is made");
+    let linux = plan.spec.linux().clone().unwrap();
+    let kinds: Vec<_> = linux
+        .namespaces()
+        .iter()
+        .flatten()
+        .map(|n| n.typ())
+        .collect();
+    assert!(!kinds.contains(&LinuxNamespaceType::User), "{kinds:?}");
     let unmapped = mapped.replace(r#""size": 65536"#, r#""size": 10"#);
-    let error = plan_of(&unmapped, &[]).unwrap_err().to_string();
+    let error = plan_of(&unmapped, &["user"]).unwrap_err().to_string();
     assert_eq!(error, "user 1000 is not mapped in the user namespace");
+    let error = plan_of(&mapped, &[]).unwrap_err().to_string();
+    assert!(error.contains("the users of its pod"), "{error}");
+    // What is mapped nowhere changes nobody.
+    let plan = plan_of(&mapped.replace(r#"{"type": "user"}, "#, ""), &[]).unwrap();
+    assert_eq!((plan.owner, root_of(&plan.spec)), (1000, (0, 0)));
 }
 
 #[test]

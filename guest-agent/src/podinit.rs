@@ -19,6 +19,7 @@ use crate::error::{Context, Result};
 use crate::process::Process;
 use crate::reaper::{Exit, Reaper};
 use crate::sys;
+use crate::users::Users;
 
 /// The pod's shared PID namespace. It lives as long as its first process.
 #[derive(Debug)]
@@ -53,14 +54,18 @@ pub struct PodInit {
 }
 
 impl PodInit {
-    /// Makes the namespace.
+    /// Makes the namespace, which belongs to the pod's users where it has some.
     ///
     /// # Errors
     /// What the kernel says.
-    pub fn start(reaper: &Arc<Reaper>) -> Result<Self> {
+    pub fn start(reaper: &Arc<Reaper>, users: Option<&Users>) -> Result<Self> {
         let what = || "cannot make the pod's PID namespace".to_owned();
         fs::create_dir_all(guest::VOID).context(what)?;
-        let pid = sys::fork_pid_namespace(&[], live).context(what)?;
+        let pid = match users {
+            None => sys::fork_pid_namespace(&[], live),
+            Some(users) => users.fork_pid_namespace(reaper, live),
+        };
+        let pid = pid.context(what)?;
         let exit = reaper.watch(pid);
         let namespace = File::open(format!("/proc/{pid}/ns/pid")).context(what)?;
         Ok(Self {

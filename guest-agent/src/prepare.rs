@@ -4,7 +4,7 @@
 //! root file system is looked up with that as its root, so that the container's symbolic links
 //! lead nowhere else.
 
-use std::ffi::CString;
+use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -12,10 +12,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{setfsgid, setfsuid};
 use oci_spec::runtime::{Mount, Spec};
 
 use crate::payload::text;
+use crate::plan::root_of;
 use crate::sys;
 
 /// Largest /etc/passwd that is read, in bytes.
@@ -59,7 +61,7 @@ pub fn check_container(spec: &Spec, root: BorrowedFd<'_>) -> Result<(), String> 
         }
     }
     if let Some(process) = spec.process() {
-        make_working_directory(process.cwd(), mounts, root)?;
+        make_working_directory(process.cwd(), mounts, root, root_of(spec))?;
     }
     Ok(())
 }
@@ -131,13 +133,14 @@ fn make_working_directory(
     cwd: &Path,
     mounts: &[Mount],
     root: BorrowedFd<'_>,
+    owner: (u32, u32),
 ) -> Result<(), String> {
     let cover = mounts
         .iter()
         .filter(|mount| cwd.starts_with(mount.destination()))
         .max_by_key(|mount| mount.destination().components().count());
     let made = match cover {
-        None => make_directories(root, cwd),
+        None => make_directories(root, cwd, owner),
         Some(mount) if is_bind(mount) => {
             let source = mount.source().as_deref().unwrap_or(Path::new("/"));
             let below = cwd
@@ -146,7 +149,7 @@ fn make_working_directory(
             if below.as_os_str().is_empty() {
                 return Ok(());
             }
-            make_directories(open_root(source)?.as_fd(), below)
+            make_directories(open_root(source)?.as_fd(), below, owner)
         }
         Some(_) => return Ok(()),
     };
@@ -158,7 +161,7 @@ fn make_working_directory(
     }
 }
 
-fn make_directories(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+fn make_directories(root: BorrowedFd<'_>, path: &Path, owner: (u32, u32)) -> io::Result<()> {
     let flags = libc::O_PATH | libc::O_DIRECTORY;
     let mut so_far = PathBuf::from("/");
     let mut parent = sys::open_in_root(root, &so_far, flags)?;
@@ -168,11 +171,7 @@ fn make_directories(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
                 so_far.push(name);
                 parent = match sys::open_in_root(root, &so_far, flags) {
                     Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                        match nix::sys::stat::mkdirat(
-                            &parent,
-                            name,
-                            Mode::from_bits_truncate(0o755),
-                        ) {
+                        match make_directory(&parent, name, owner) {
                             Ok(()) | Err(Errno::EEXIST) => {}
                             Err(error) => return Err(error.into()),
                         }
@@ -189,6 +188,17 @@ fn make_directories(root: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes a directory as its owner does: where files are shown with other owners than they have, the
+/// guest's root cannot have any. Only a helper process may do this.
+fn make_directory(parent: impl AsFd, name: &OsStr, (uid, gid): (u32, u32)) -> nix::Result<()> {
+    let group = setfsgid(gid.into());
+    let user = setfsuid(uid.into());
+    let made = mkdirat(parent, name, Mode::from_bits_truncate(0o755));
+    setfsuid(user);
+    setfsgid(group);
+    made
 }
 
 /// Adds HOME to an environment that has none, from the container's own /etc/passwd.
@@ -254,6 +264,14 @@ mod tests {
 
     use super::*;
 
+    /// Whoever runs the tests.
+    fn here() -> (u32, u32) {
+        (
+            nix::unistd::geteuid().as_raw(),
+            nix::unistd::getegid().as_raw(),
+        )
+    }
+
     fn spec(json: &str) -> Spec {
         serde_json::from_str(json).unwrap()
     }
@@ -281,9 +299,9 @@ mod tests {
         symlink("/real", dir.path().join("inside")).unwrap();
         symlink(outside.path(), dir.path().join("escape")).unwrap();
         let root = open_root(dir.path()).unwrap();
-        make_working_directory(Path::new("/inside/a/b"), &[], root.as_fd()).unwrap();
+        make_working_directory(Path::new("/inside/a/b"), &[], root.as_fd(), here()).unwrap();
         assert!(dir.path().join("real/a/b").is_dir());
-        let escaped = make_working_directory(Path::new("/escape/a"), &[], root.as_fd());
+        let escaped = make_working_directory(Path::new("/escape/a"), &[], root.as_fd(), here());
         assert!(escaped.is_err());
         assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0);
     }
@@ -299,7 +317,7 @@ mod tests {
             volume.path()
         ));
         let mounts = spec.mounts().clone().unwrap();
-        make_working_directory(Path::new("/data/x"), &mounts, root.as_fd()).unwrap();
+        make_working_directory(Path::new("/data/x"), &mounts, root.as_fd(), here()).unwrap();
         assert!(volume.path().join("x").is_dir() && !dir.path().join("data").exists());
     }
 
@@ -308,7 +326,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("file"), "").unwrap();
         let root = open_root(dir.path()).unwrap();
-        let error = make_working_directory(Path::new("/file/x"), &[], root.as_fd()).unwrap_err();
+        let error =
+            make_working_directory(Path::new("/file/x"), &[], root.as_fd(), here()).unwrap_err();
         assert_eq!(error, r#"working directory "/file/x": not a directory"#);
         let error = check_working_directory(Path::new("/none"), root.as_fd()).unwrap_err();
         assert_eq!(

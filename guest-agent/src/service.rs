@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use async_trait::async_trait;
 use nix::mount::{MsFlags, mount};
@@ -30,6 +30,7 @@ use crate::process::Process;
 use crate::reaper::Reaper;
 use crate::stdio::{Rendezvous, Streams, window};
 use crate::stream::Listener;
+use crate::users::Users;
 use crate::volumes::Volumes;
 use crate::{cgroup, clock, guest, limits, network, plan};
 
@@ -58,6 +59,7 @@ pub async fn serve(sockets: Sockets, listening: impl FnOnce()) -> anyhow::Result
             reaper: Arc::clone(&reaper),
             streams: Arc::clone(&streams),
             events: Arc::clone(&events),
+            users: OnceLock::new(),
             shared_pid: tokio::sync::Mutex::new(None),
             holds_pid_namespace: AtomicBool::new(false),
         },
@@ -150,19 +152,26 @@ impl Service {
         if let Some(clock) = request.clock.as_ref() {
             clock::set(clock.realtime_ns)?;
         }
+        if let Some(wanted) = request.users.as_ref() {
+            let users = Users::enter(&self.with.reaper, wanted)?;
+            let twice = |_| Error::State("the pod has its users already".into());
+            self.with.users.set(users).map_err(twice)?;
+        }
+        let users = self.with.users.get();
         if !request.hostname.is_empty() {
             nix::unistd::sethostname(&request.hostname)
                 .context(|| format!("cannot set the host name {:?}", request.hostname))?;
         }
-        network::apply(&request.network.unwrap_or_default()).await?;
+        network::apply(&request.network.unwrap_or_default(), users).await?;
         for (name, value) in &request.sysctls {
             set_sysctl(name, value)?;
         }
+        let root = users.map_or((0, 0), |users| users.root);
         if request.shm_size > 0 {
-            make_shm(request.shm_size)?;
+            make_shm(request.shm_size, root)?;
         }
         if !request.etc_files.is_empty() {
-            write_etc(&request.etc_files)?;
+            write_etc(&request.etc_files, root)?;
         }
         let holds = request.holds_pid_namespace;
         self.with
@@ -313,27 +322,28 @@ fn set_sysctl(name: &str, value: &str) -> Result<()> {
         .context(|| format!("cannot set the sysctl {name} to {value:?}"))
 }
 
-/// Writes the pod's files for its containers' /etc.
-fn write_etc(files: &HashMap<String, String>) -> Result<()> {
+/// Writes the pod's files for its containers' /etc, which are those of its root: a user and a group.
+fn write_etc(files: &HashMap<String, String>, (uid, gid): (u32, u32)) -> Result<()> {
     fs::create_dir_all(paths::ETC).context(|| format!("cannot make {}", paths::ETC))?;
     for (name, text) in files {
         check_id(name)?;
         let path = Path::new(paths::ETC).join(name);
-        fs::write(&path, text).context(|| format!("cannot write the pod's /etc/{name}"))?;
+        let what = || format!("cannot write the pod's /etc/{name}");
+        fs::write(&path, text).context(what)?;
+        std::os::unix::fs::chown(&path, Some(uid), Some(gid)).context(what)?;
         // Users of the containers read it, whatever the agent's mask is.
         let mode = fs::Permissions::from_mode(0o644);
-        fs::set_permissions(&path, mode)
-            .context(|| format!("cannot write the pod's /etc/{name}"))?;
+        fs::set_permissions(&path, mode).context(what)?;
     }
     Ok(())
 }
 
 /// Mounts the /dev/shm that the pod's containers share, or gives it another size.
-fn make_shm(size: u64) -> Result<()> {
+fn make_shm(size: u64, (uid, gid): (u32, u32)) -> Result<()> {
     let what = || "cannot make the pod's /dev/shm".to_owned();
     fs::create_dir_all(paths::SHM).context(what)?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let options = format!("mode=1777,size={size}");
+    let options = format!("mode=1777,size={size},uid={uid},gid={gid}");
     mount(
         Some("shm"),
         paths::SHM,
@@ -359,7 +369,7 @@ impl Agent for Service {
     }
 
     async fn update_network(&self, _: &TtrpcContext, request: Network) -> Answer<Empty> {
-        network::apply(&request).await?;
+        network::apply(&request, self.with.users.get()).await?;
         Ok(Empty::new())
     }
 

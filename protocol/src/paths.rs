@@ -11,6 +11,8 @@ pub const CONFIG: &str = "/etc/sepal/config.toml";
 pub mod pod {
     /// The directory shared with the guest: one subdirectory per container.
     pub const SHARE: &str = "share";
+    /// Lower directories of root file systems while those are mounted.
+    pub const LAYERS: &str = "layers";
     /// The VMM's root directory: what it must reach by a path.
     pub const VM: &str = "vm";
     /// Unix socket of the VMM's vsock device; guest-dialled port P is `vm/vsock_P`.

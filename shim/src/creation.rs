@@ -27,6 +27,7 @@ use crate::stand_in::{OnHost, StandIn};
 use crate::stdio::{Streams, Wanted};
 use crate::sys::{BindOptions, open_directory};
 use crate::up::Up;
+use crate::users::Users;
 
 /// What a Create call asks for.
 pub struct Creation {
@@ -64,20 +65,25 @@ impl Pod {
         let linux = spec.linux().as_ref();
         let resources = linux.and_then(|linux| linux.resources().as_ref());
         let demand = Demand::of(resources, &role);
+        let users = self.spec.users.as_ref();
         let refused = Limits::foreign_huge_pages(resources).map(|size| Error::Invalid {
             what: "huge pages",
             reason: format!("a pod cannot have any of {size}, only of 2MB"),
         });
-        let kept = |volume: &Path, options: &BindOptions| {
+        // Its node in the guest has another name, and there a device is a mount of what has its name.
+        let disk = devices.first().filter(|_| users.is_some());
+        let refused = refused.or(disk.map(|d| spec::Error::DiskOfUsers(d.path.clone()).into()));
+        let kept = |volume: &Path, options: &BindOptions, owners: Option<&Users>| {
             // What the kubelet writes lies on a tmpfs, too: told by one look, and not by all mounts.
-            let copy = options.is_only_read().then(|| self.mirrors.take(volume));
-            let copy = copy.flatten().map(Kept::Copy);
-            copy.or_else(|| memory_volumes::of(volume).map(Kept::Memory))
+            let copy = options.is_only_read();
+            let copy = copy.then(|| self.mirrors.take(volume, owners)).flatten();
+            let memory = || memory_volumes::of(volume, owners).map(Kept::Memory);
+            copy.map(Kept::Copy).or_else(memory)
         };
         let plan = match refused {
             Some(refused) => Err(refused),
             None => demand.and_then(|demand| {
-                let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, &kept)?;
+                let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, users, &kept)?;
                 Ok((plan, demand))
             }),
         };

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 const TYPE_URL: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
 
 /// Options of mounts that are no file system's own. Without `shared`: no mount of a guest reaches the
-/// host. Without `idmap`: the file server gives files the owners they have on the host.
+/// host.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",
@@ -21,6 +21,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "mand",
     "noatime",
     "nodev",
@@ -38,6 +39,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "relatime",
     "remount",
     "rexec",
+    "ridmap",
     "rnoatime",
     "rnodev",
     "rnodiratime",
@@ -80,7 +82,7 @@ fn features() -> Value {
         ],
         "mountOptions": MOUNT_OPTIONS,
         "linux": {
-            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "uts"],
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"],
             // The pod's own on the host. systemd's names are understood, systemd is not asked.
             "cgroup": {
                 "v1": true, "v2": true, "systemd": false, "systemdUser": false, "rdma": false
@@ -102,7 +104,7 @@ fn features() -> Value {
             "apparmor": { "enabled": false },
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
-            "mountExtensions": { "idmap": { "enabled": false } }
+            "mountExtensions": { "idmap": { "enabled": true } }
         }
     })
 }
@@ -122,7 +124,7 @@ mod tests {
         let linux = features.linux().as_ref().unwrap();
         let extensions = linux.mount_extensions().as_ref().unwrap();
         let idmap = extensions.idmap().as_ref().unwrap();
-        assert_eq!(*idmap.enabled(), Some(false), "user namespaces of pods");
+        assert_eq!(*idmap.enabled(), Some(true), "user namespaces of pods");
         // Each name was understood.
         let again = serde_json::to_value(&features).unwrap();
         assert_eq!(again["hooks"], super::features()["hooks"]);

@@ -45,6 +45,7 @@ pub mod sys;
 pub mod task;
 pub mod timeline;
 pub mod up;
+pub mod users;
 pub mod vm;
 
 /// How containerd names the runtime.

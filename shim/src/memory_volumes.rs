@@ -15,12 +15,14 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use sepal_protocol::agent::{MemoryVolume, VolumeFile};
 use sepal_protocol::mountinfo::unescape;
 
+use crate::users::Users;
+
 /// The directory in which the kubelet keeps a pod's emptyDirs (pkg/volume/emptydir).
 const EMPTY_DIRS: &str = "kubernetes.io~empty-dir";
 
-/// The volume that a directory of the host is, or is a part of, if it is of this kind. Costs one look
-/// where it is on another file system.
-pub fn of(directory: &Path) -> Option<MemoryVolume> {
+/// The volume that a directory of the host is, or is a part of, if it is of this kind; `users` are those
+/// that its owners are users of. Costs one look where it is on another file system.
+pub fn of(directory: &Path, users: Option<&Users>) -> Option<MemoryVolume> {
     let opened = File::options()
         .read(true)
         .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
@@ -42,10 +44,10 @@ pub fn of(directory: &Path) -> Option<MemoryVolume> {
     let found = find(&mountinfo, mount.trim(), &path)?;
 
     let mut place = found.volume;
-    let mut directories = vec![described(&place, Path::new(""))?];
+    let mut directories = vec![described(&place, Path::new(""), users)?];
     for name in &found.below {
         place.push(name);
-        directories.push(described(&place, Path::new(name))?);
+        directories.push(described(&place, Path::new(name), users)?);
     }
     // statfs(2) has it in blocks; without a limit there are none.
     let size = about.blocks().saturating_mul(block);
@@ -58,7 +60,7 @@ pub fn of(directory: &Path) -> Option<MemoryVolume> {
     })
 }
 
-fn described(path: &Path, name: &Path) -> Option<VolumeFile> {
+fn described(path: &Path, name: &Path, users: Option<&Users>) -> Option<VolumeFile> {
     let about = path
         .symlink_metadata()
         .ok()
@@ -66,8 +68,8 @@ fn described(path: &Path, name: &Path) -> Option<VolumeFile> {
     Some(VolumeFile {
         path: name.as_os_str().as_bytes().to_vec(),
         mode: about.mode(),
-        uid: about.uid(),
-        gid: about.gid(),
+        uid: users.map_or(about.uid(), |users| users.uid(about.uid())),
+        gid: users.map_or(about.gid(), |users| users.gid(about.gid())),
         ..Default::default()
     })
 }
@@ -148,7 +150,7 @@ mod tests {
         let secret = "/var/lib/kubelet/pods/1/volumes/kubernetes.io~secret/key";
         assert_eq!(found("34", secret), None);
         assert_eq!(found("99", VOLUME), None);
-        assert_eq!(of(Path::new("/proc")), None);
-        assert_eq!(of(Path::new("/does/not/exist")), None);
+        assert_eq!(of(Path::new("/proc"), None), None);
+        assert_eq!(of(Path::new("/does/not/exist"), None), None);
     }
 }

@@ -30,6 +30,7 @@ use crate::agent::{self, Agent};
 use crate::container::lock;
 use crate::snapshot::{self, Snapshot};
 use crate::sys::{self, BindOptions};
+use crate::users::Users;
 
 /// Most of the guest's memory that one copy may take: this part of it, and no more than so many bytes.
 const PART: u64 = 8;
@@ -70,6 +71,8 @@ pub struct Mirror {
     root: OwnedFd,
     /// Device and inode of the root.
     identity: (u64, u64),
+    /// Whom the files belong to, where that is not as on the host.
+    users: Option<Users>,
     watched: WatchDescriptor,
     most: u64,
     /// The guest's copy is older, or not there yet.
@@ -111,7 +114,12 @@ impl Mirror {
     }
 
     fn snapshot(&self) -> Result<Snapshot, Error> {
-        Snapshot::take(self.root.as_fd(), self.most).map_err(|cause| self.unreadable(cause))
+        let taken = Snapshot::take(self.root.as_fd(), self.most);
+        let mut taken = taken.map_err(|cause| self.unreadable(cause))?;
+        if let Some(users) = &self.users {
+            taken.map_owners(users);
+        }
+        Ok(taken)
     }
 
     fn unreadable(&self, cause: snapshot::Error) -> Error {
@@ -145,20 +153,21 @@ impl Mirrors {
         }
     }
 
-    /// Takes a directory that a container may only read into care, if it is changed as a whole. A
-    /// volume that is not taken is shared as any other: its changes show, and raise no event.
-    pub fn take(&self, volume: &Path) -> Option<Arc<Mirror>> {
+    /// Takes a directory that a container may only read into care, if it is changed as a whole; `users`
+    /// are those that its owners are users of. A volume that is not taken is shared as any other: its
+    /// changes show, and raise no event.
+    pub fn take(&self, volume: &Path, users: Option<&Users>) -> Option<Arc<Mirror>> {
         if !snapshot::has_layout(volume) {
             return None;
         }
-        let taken = self.try_take(volume);
+        let taken = self.try_take(volume, users);
         let told = |e: &Error| {
             tracing::warn!("programs in the guest will not be told of changes: {e}");
         };
         taken.inspect_err(told).ok()
     }
 
-    fn try_take(&self, volume: &Path) -> Result<Arc<Mirror>, Error> {
+    fn try_take(&self, volume: &Path, users: Option<&Users>) -> Result<Arc<Mirror>, Error> {
         let failed = |source| Error::Watch {
             volume: volume.into(),
             source,
@@ -167,7 +176,8 @@ impl Mirrors {
         let stat = fstat(&root).map_err(|errno| failed(errno.into()))?;
         let identity = (stat.st_dev, stat.st_ino);
         let mut state = lock(&self.state);
-        if let Some(mirror) = state.mirrors.iter().find(|m| m.identity == identity) {
+        let same = |m: &&Arc<Mirror>| m.identity == identity && m.users.as_ref() == users;
+        if let Some(mirror) = state.mirrors.iter().find(same) {
             return Ok(mirror.clone());
         }
         let watch = match &state.watch {
@@ -181,6 +191,7 @@ impl Mirrors {
             id: (state.mirrors.len() + 1).to_string(),
             root,
             identity,
+            users: users.cloned(),
             watched,
             most: self.most,
             changed: AtomicBool::new(true),

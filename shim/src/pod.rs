@@ -37,6 +37,7 @@ use crate::spec;
 use crate::sys::Netns;
 use crate::timeline::Timeline;
 use crate::up::{self, Up};
+use crate::users::Users;
 use crate::vm::{self, Vm};
 
 /// Longest wait for the guest to power off before it is killed.
@@ -266,7 +267,13 @@ impl Pod {
         let netns = joined
             .as_ref()
             .map_or(Netns::New, |fd| Netns::Join(fd.as_fd()));
-        let vm = Arc::new(Vm::spawn(config, &self.name, &self.directory, netns)?);
+        let vm = Arc::new(Vm::spawn(
+            config,
+            &self.name,
+            &self.directory,
+            netns,
+            spec.users.is_some(),
+        )?);
         let _ = self.vm.set(vm.clone());
         self.timeline.note("vmm-spawned");
         self.record(|record| {
@@ -580,6 +587,7 @@ fn set_up_request(pod_id: &str, spec: &PodSpec, network: messages::Network) -> S
         shm_size: spec.shm_size,
         holds_pid_namespace: spec.bare,
         etc_files: spec.files.clone(),
+        users: spec.users.as_ref().map(Users::message).unwrap_or_default(),
         ..Default::default()
     }
 }

@@ -20,6 +20,7 @@ use crate::hooks;
 use crate::limits::{Limits, Totals};
 use crate::size::{Host, Size};
 use crate::spec::{self, Network};
+use crate::users::Users;
 
 /// OOM score of a pod's processes where no container's spec tells one: what containerd gives a pause
 /// container (kubernetes#47938).
@@ -51,6 +52,8 @@ pub struct PodSpec {
     pub annotations: Annotations,
     /// Where its network comes from.
     pub network: Network,
+    /// Its users, where it has a user namespace.
+    pub users: Option<Users>,
     /// Its cgroup on the host.
     pub cgroup: Cgroup,
     /// OOM score adjustment of its processes on the host.
@@ -97,6 +100,7 @@ impl PodSpec {
         let totals = Limits::of(resources).of_pod(CriResources::of(&annotations));
         let size = Size::plan(&annotations, totals, config, Host::here())?;
         let network = spec::network(&spec)?;
+        let users = spec::users(&spec)?;
         let cgroups_path = linux.and_then(|l| l.cgroups_path().as_deref());
         // The network namespace is the VM's own; other parameters belong to the container's.
         let mut sysctls = sysctls_of(&spec);
@@ -106,6 +110,7 @@ impl PodSpec {
             totals,
             annotations,
             network,
+            users,
             cgroup: Cgroup::plan(cgroups_path, pod)?,
             bare: false,
             hostname: spec.hostname().clone().unwrap_or_default(),
@@ -126,7 +131,7 @@ impl PodSpec {
     pub fn of_sandbox(asked: &SandboxRequest, pod: &str, config: &Config) -> Result<Self> {
         let wanted = describe(asked)?;
         let linux = wanted.linux.get_or_default();
-        check_namespaces(&wanted)?;
+        let users = users(&wanted)?;
         let mut annotations = wanted.annotations.clone();
         annotations.extend(asked.annotations.clone());
         let resources = linux.resources.get_or_default();
@@ -161,6 +166,7 @@ impl PodSpec {
             totals,
             annotations: annotations.clone(),
             network,
+            users,
             cgroup: Cgroup::plan(cgroups_path.as_deref(), pod)?,
             oom_score: SANDBOX_OOM_SCORE,
             sysctls: with_defaults(&linux.sysctls),
@@ -178,8 +184,9 @@ impl PodSpec {
     }
 }
 
-/// Refuses namespaces of the host's that a VM cannot have, as [`spec`] does for pods with a container.
-fn check_namespaces(wanted: &PodSandboxConfig) -> Result<()> {
+/// Who the pod's users are; refuses namespaces of the host's that a VM cannot have, as [`spec`] does for
+/// pods with a container.
+fn users(wanted: &PodSandboxConfig) -> Result<Option<Users>> {
     let linux = wanted.linux.get_or_default();
     let security = linux.security_context.get_or_default();
     let namespaces = security.namespace_options.get_or_default();
@@ -193,9 +200,19 @@ fn check_namespaces(wanted: &PodSandboxConfig) -> Result<()> {
     if namespaces.ipc == node {
         return Err(spec::Error::HOST_IPC.into());
     }
-    match namespaces.userns_options.as_ref() {
-        Some(users) if users.mode != node => Err(spec::Error::UserNamespace.into()),
-        _ => Ok(()),
+    let Some(users) = namespaces.userns_options.as_ref() else {
+        return Ok(None);
+    };
+    match users.mode.enum_value() {
+        Ok(NamespaceMode::NODE) => Ok(None),
+        Ok(NamespaceMode::POD) => {
+            let made = Users::new(&users.uids, &users.gids).and_then(Users::with_root);
+            Ok(Some(made.map_err(spec::Error::from)?))
+        }
+        _ => Err(Error::Invalid {
+            what: "user namespace",
+            reason: "it is the pod's or the node's, and nothing else".into(),
+        }),
     }
 }
 

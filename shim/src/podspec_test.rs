@@ -1,6 +1,6 @@
 use sepal_protocol::cri::{
-    LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, NamespaceOption,
-    UserNamespace,
+    IDMapping, LinuxContainerResources, LinuxPodSandboxConfig, LinuxSandboxSecurityContext,
+    NamespaceOption, UserNamespace,
 };
 
 use super::*;
@@ -122,10 +122,9 @@ fn what_a_vm_cannot_be_is_refused_in_a_sentence() {
         ipc: of_node,
         ..Default::default()
     });
-    let users = with_namespaces(NamespaceOption {
-        userns_options: protobuf::MessageField::some(UserNamespace::new()),
-        ..Default::default()
-    });
+    let no_users = with_users(NamespaceMode::POD, &[]);
+    let no_root = with_users(NamespaceMode::POD, &[(1, 1000, 10)]);
+    let own_users = with_users(NamespaceMode::CONTAINER, &[(0, 1000, 10)]);
     let long_name = PodSandboxConfig {
         hostname: "x".repeat(65),
         ..Default::default()
@@ -138,21 +137,42 @@ fn what_a_vm_cannot_be_is_refused_in_a_sentence() {
         (host_network, "the host's network cannot be shared"),
         (host_pid, "hostPID"),
         (host_ipc, "hostIPC"),
-        (users, "hostUsers: false"),
+        (no_users, "no mapping of its uids"),
+        (no_root, "uid 0 is not mapped"),
+        (own_users, "the pod's or the node's"),
         (long_name, "host name"),
         (unknown, "io.sepal.kernel is not known"),
     ] {
         let message = plan(&config).unwrap_err().to_string();
         assert!(message.contains(text), "{message}");
     }
-    let host_users = with_namespaces(NamespaceOption {
+}
+
+fn with_users(mode: NamespaceMode, ranges: &[(u32, u32, u32)]) -> PodSandboxConfig {
+    let range = |&(container_id, host_id, length): &(u32, u32, u32)| IDMapping {
+        container_id,
+        host_id,
+        length,
+        ..Default::default()
+    };
+    let ranges: Vec<_> = ranges.iter().map(range).collect();
+    with_namespaces(NamespaceOption {
         userns_options: protobuf::MessageField::some(UserNamespace {
-            mode: of_node,
+            mode: mode.into(),
+            uids: ranges.clone(),
+            gids: ranges,
             ..Default::default()
         }),
         ..Default::default()
-    });
-    assert!(plan(&host_users).is_ok());
+    })
+}
+
+#[test]
+fn users_are_the_nodes_or_the_pods() {
+    let of_node = plan(&with_users(NamespaceMode::NODE, &[])).unwrap();
+    assert!(of_node.users.is_none());
+    let of_pod = plan(&with_users(NamespaceMode::POD, &[(0, 1000, 100_000)])).unwrap();
+    assert_eq!(of_pod.users.unwrap().gid(5), 1005);
 }
 
 #[test]

@@ -8,13 +8,17 @@
 //! in a volume would hold its mount points: the host could unmount there, and not remove the directory
 //! (EBUSY). They go with their mount point's name, or with the server.
 //!
+//! A pod with a user namespace has files with other owners than the host. Volumes are then mounts that
+//! map ids, and so are the lower directories of its root file systems, which containerd leaves to us to
+//! make so (`uidmap=`, `gidmap=`); what the pod writes has the host's numbers of its users.
+//!
 //! Nothing here ever removes a tree: what is below a mount point belongs to somebody else. Mount
 //! points are unmounted and then removed one by one, and a mount that is still there keeps its
 //! place.
 
 use std::fs::{DirBuilder, File};
 use std::io::ErrorKind;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
@@ -24,6 +28,10 @@ use sepal_protocol::paths;
 
 use crate::spec::Bind;
 use crate::sys::{self, BindOptions};
+use crate::users::{self, IdMap, Namespaces, Users};
+
+const OVERLAY: &str = "overlay";
+const LOWER: &str = "lowerdir=";
 
 /// Why a root file system or a volume is not there.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +49,17 @@ pub enum Error {
         from: String,
         reason: String,
     },
+    #[error(
+        "{}: it cannot be shown with the owners that a user namespace asks for (hostUsers: false): \
+         {source} (its file system does not map ids, or user.max_user_namespaces is reached)",
+        .path.display()
+    )]
+    Owners {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("root file system: {0}")]
+    Users(#[from] users::Error),
     #[error("root file system: containerd gave no mounts and {} is no directory", .0.display())]
     None(PathBuf),
     #[error("volume {}: cannot mount it into the pod: {source}", .source_path.display())]
@@ -111,6 +130,11 @@ impl Share {
         &self.root
     }
 
+    /// Where lower directories are mounted for a moment: not in the share, which the guest sees.
+    fn layers(&self) -> PathBuf {
+        self.root.with_file_name(paths::pod::LAYERS)
+    }
+
     /// Mounts a container's root file system, `root` where no mounts are given for it, and makes the mount
     /// points of its volumes. Leaves nothing behind when it fails.
     ///
@@ -151,7 +175,7 @@ impl Share {
             sys::bind(root, &rootfs, options).map_err(io("mount", root))?;
         }
         for entry in mounts {
-            mount_root(entry, &rootfs)?;
+            mount_root(entry, &rootfs, &self.layers().join(container))?;
         }
         for (number, bind) in binds.iter().enumerate() {
             let target = directory.join(paths::MOUNTS).join(number.to_string());
@@ -179,10 +203,13 @@ impl Share {
             source_path: bind.source.clone(),
             source,
         };
-        let mut copies = Vec::new();
+        let (mut copies, mut namespaces) = (Vec::new(), Namespaces::default());
         for bind in binds {
-            let copy = sys::copy_of(&bind.source, bind.options);
-            copies.push((bind, copy.map_err(|e| failed(bind, e))?));
+            let copy = sys::copy_of(&bind.source, bind.options).map_err(|e| failed(bind, e))?;
+            if let Some(owners) = &bind.owners {
+                show_owners(&copy, owners, &mut namespaces).map_err(owners_of(&bind.source))?;
+            }
+            copies.push((bind, copy));
         }
         let share = inode(&self.root).map_err(io("look at", &self.root))?;
         let work = || {
@@ -227,6 +254,8 @@ impl Share {
                 self.remove(name);
             }
         }
+        // Only a shim that was killed has left any.
+        unmount_below(&self.layers());
         unmount_below(&self.root);
         remove_mount_point(&self.root);
     }
@@ -291,12 +320,118 @@ fn mount_points_below(mountinfo: &str, path: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-fn mount_root(entry: &RootMount, target: &Path) -> Result<(), Error> {
-    let failed = |reason: String| Error::Rootfs {
+fn owners_of(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_path_buf();
+    move |source| Error::Owners { path, source }
+}
+
+fn show_owners(copy: &OwnedFd, owners: &IdMap, namespaces: &mut Namespaces) -> std::io::Result<()> {
+    let users = namespaces.of(&owners.users)?;
+    sys::map_ids(copy, users, owners.recursive)
+}
+
+/// As containerd's own mount package does it. `layers` is a directory of this container's alone, which
+/// is made and removed again.
+fn mount_root(entry: &RootMount, target: &Path, layers: &Path) -> Result<(), Error> {
+    let Some(users) = Users::of_options(&entry.options)? else {
+        return mount_plain(entry, target);
+    };
+    let mut entry = entry.clone();
+    entry.options.retain(|option| !users::is_option(option));
+    if entry.kind == OVERLAY {
+        return mount_layers(&entry, target, users, layers);
+    }
+    mount_plain(&entry, target)?;
+    // A mount that is attached cannot be changed so: a copy of it takes its place.
+    let owners = IdMap {
+        users,
+        recursive: false,
+    };
+    let copy = sys::copy_of(target, BindOptions::default()).map_err(io("mount", target))?;
+    show_owners(&copy, &owners, &mut Namespaces::default()).map_err(owners_of(target))?;
+    umount2(target, MntFlags::MNT_DETACH).map_err(|e| io("unmount", target)(e.into()))?;
+    sys::attach(&copy, target).map_err(io("mount", target))
+}
+
+/// Mounts an overlay whose lower directories show the owners that these users have outside. What is
+/// written goes to the upper directory as it is.
+fn mount_layers(
+    entry: &RootMount,
+    target: &Path,
+    users: Users,
+    layers: &Path,
+) -> Result<(), Error> {
+    let is_lower = |option: &String| option.starts_with(LOWER);
+    let (lower, mut options): (Vec<_>, Vec<_>) = entry.options.iter().cloned().partition(is_lower);
+    let directories = lower.iter().filter_map(|option| option.strip_prefix(LOWER));
+    let directories: Vec<_> = directories.flat_map(|all| all.split(':')).collect();
+
+    // overlayfs makes copies of its own of these mounts. One file system holds them until then, so that
+    // they go with one call.
+    make_directory(layers)?;
+    let none = None::<&str>;
+    let made = mount(
+        Some("layers"),
+        layers,
+        Some("tmpfs"),
+        MsFlags::empty(),
+        none,
+    );
+    made.map_err(|e| io("mount", layers)(e.into()))?;
+    let mounted = (|| {
+        let private = MsFlags::MS_PRIVATE;
+        mount(none, layers, none, private, none).map_err(|e| io("mount", layers)(e.into()))?;
+        let (mut names, mut namespaces) = (Vec::new(), Namespaces::default());
+        let owners = IdMap {
+            users,
+            recursive: false,
+        };
+        for (number, directory) in directories.into_iter().enumerate() {
+            let directory = Path::new(directory);
+            let read_only = BindOptions {
+                read_only: true,
+                ..BindOptions::default()
+            };
+            let copy = sys::copy_of(directory, read_only).map_err(io("mount", directory))?;
+            show_owners(&copy, &owners, &mut namespaces).map_err(owners_of(directory))?;
+            let name = number.to_string();
+            let place = layers.join(&name);
+            make_directory(&place)?;
+            sys::attach(&copy, &place).map_err(io("mount", &place))?;
+            names.push(name);
+        }
+        // Short names: mount(2) takes one page of options.
+        options.push(format!("{LOWER}{}", names.join(":")));
+        let (flags, data) = split_options(&options);
+        let work = || {
+            mount(
+                Some(OVERLAY),
+                target,
+                Some(OVERLAY),
+                flags,
+                Some(data.as_str()),
+            )
+        };
+        let mounted = sys::in_directory(layers, work).map_err(io("enter", layers))?;
+        mounted.map_err(|e| rootfs_failed(entry, std::io::Error::from(e).to_string()))
+    })();
+    if let Err(e) = umount2(layers, MntFlags::MNT_DETACH) {
+        tracing::warn!(path = %layers.display(), "cannot unmount: {e}");
+    }
+    remove_mount_point(layers);
+    mounted
+}
+
+fn rootfs_failed(entry: &RootMount, reason: String) -> Error {
+    Error::Rootfs {
         kind: entry.kind.clone(),
         from: entry.source.clone(),
         reason,
-    };
+    }
+}
+
+fn mount_plain(entry: &RootMount, target: &Path) -> Result<(), Error> {
+    let failed = |reason: String| rootfs_failed(entry, reason);
     let bind = |o: &String| o == "bind" || o == "rbind";
     if entry.kind == "bind" || entry.options.iter().any(bind) {
         let has = |name: &str| entry.options.iter().any(|o| o == name);
@@ -401,11 +536,13 @@ mod tests {
                 source: volume.path().into(),
                 options: read_only,
                 directory: true,
+                owners: None,
             },
             Bind {
                 source: file.clone(),
                 options: BindOptions::default(),
                 directory: false,
+                owners: None,
             },
         ];
         let root = RootMount {
@@ -443,6 +580,72 @@ mod tests {
         share.remove_all();
         assert!(!share.path().exists());
         assert_eq!(std::fs::read_to_string(file).unwrap(), "x");
+    }
+
+    #[test]
+    fn a_root_of_layers_and_a_volume_show_other_owners_and_take_them() {
+        if !sys::is_root() {
+            return;
+        }
+        // Not on a tmpfs that the machine may have at /tmp: overlayfs wants attributes of the upper one.
+        let files = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = |name: &str| files.path().join(name);
+        for name in ["one", "two", "up", "work", "volume"] {
+            std::fs::create_dir(path(name)).unwrap();
+        }
+        std::fs::write(path("one/file"), "").unwrap();
+        std::fs::write(path("two/other"), "").unwrap();
+        std::os::unix::fs::chown(path("two/other"), Some(1), Some(2)).unwrap();
+        std::os::unix::fs::chown(path("up"), Some(700_000), Some(700_000)).unwrap();
+        let map = "0:700000:65536";
+        let option = |name: &str, value: &str| format!("{name}={value}");
+        let place = |name: &str| path(name).display().to_string();
+        let root = RootMount {
+            kind: OVERLAY.into(),
+            source: OVERLAY.into(),
+            options: vec![
+                option("uidmap", map),
+                option("gidmap", map),
+                option("workdir", &place("work")),
+                option("upperdir", &place("up")),
+                option("lowerdir", &format!("{}:{}", place("two"), place("one"))),
+            ],
+        };
+        let users = Users::of_options(&root.options).unwrap().unwrap();
+        let binds = [Bind {
+            source: path("volume"),
+            options: BindOptions::default(),
+            directory: true,
+            owners: Some(IdMap {
+                users,
+                recursive: false,
+            }),
+        }];
+        let pod = tempfile::tempdir().unwrap();
+        let share = Share::create(pod.path()).unwrap();
+        share
+            .add("c1", Path::new("/nonexistent"), &[root], &binds)
+            .unwrap();
+        let here = sys::pidfd_open(std::process::id()).unwrap();
+        share.attach("c1", &binds, here.as_fd()).unwrap();
+        let owner = |path: &Path| {
+            let metadata = path.metadata().unwrap();
+            (metadata.uid(), metadata.gid())
+        };
+        let rootfs = share.path().join("c1/rootfs");
+        assert_eq!(owner(&rootfs.join("file")), (700_000, 700_000));
+        assert_eq!(owner(&rootfs.join("other")), (700_001, 700_002));
+        let volume = share.path().join("c1/mounts/0");
+        assert_eq!(owner(&volume), (700_000, 700_000));
+        // Root of the host is nobody there.
+        assert!(std::fs::write(volume.join("file"), "").is_err());
+        std::os::unix::fs::chown(&volume, Some(700_001), None).unwrap();
+        assert_eq!(owner(&path("volume")), (1, 0));
+        assert_eq!(owner(&path("two/other")), (1, 2), "as it was");
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+        assert!(!mounts.contains("/layers"), "{mounts}");
+        share.remove_all();
+        assert!(path("one/file").exists());
     }
 
     /// A shared mount of the test's own, gone with it.
@@ -528,6 +731,7 @@ mod tests {
                 ..BindOptions::default()
             },
             directory: true,
+            owners: None,
         };
         let (own, binds) = (tempfile::tempdir().unwrap(), [bind(true), bind(false)]);
         std::fs::create_dir(own.path().join("rootfs")).unwrap();

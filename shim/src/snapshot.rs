@@ -22,6 +22,8 @@ use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use sepal_protocol::agent::{VolumeFile, VolumeNames, WriteVolumeRequest};
 
+use crate::users::Users;
+
 /// The link to the version that counts.
 const DATA: &str = "..data";
 /// How often a volume may change under our eyes in a row, and the pause after each time.
@@ -91,6 +93,13 @@ impl Snapshot {
             }
         }
         Err(Error::Changing)
+    }
+
+    /// Gives the files the owners that they have as users of a user namespace.
+    pub fn map_owners(&mut self, users: &Users) {
+        for file in &mut self.files {
+            (file.uid, file.gid) = (users.uid(file.uid), users.gid(file.gid));
+        }
     }
 
     /// As requests to the agent, to be sent one after the other.

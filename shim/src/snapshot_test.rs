@@ -57,6 +57,29 @@ fn content<'a>(snapshot: &'a Snapshot, path: &str) -> &'a [u8] {
 }
 
 #[test]
+fn files_get_the_owners_that_they_have_in_a_user_namespace() {
+    let me = (
+        nix::unistd::geteuid().as_raw(),
+        nix::unistd::getegid().as_raw(),
+    );
+    let range = |inside| crate::users::Range {
+        inside,
+        outside: 700_000,
+        size: 1,
+    };
+    let users = Users::new(&[range(me.0)], &[range(me.1 + 1)]).unwrap();
+    let mut taken = Volume::new(&[("key", b"value")]).take(MIB).unwrap();
+    taken.map_owners(&users);
+    for file in &taken.files {
+        assert_eq!(
+            (file.uid, file.gid),
+            (700_000, 65534),
+            "none of its groups is ours"
+        );
+    }
+}
+
+#[test]
 fn it_is_told_in_the_order_in_which_it_is_to_be_written() {
     let binary: Vec<u8> = (0..=255).collect();
     let volume = Volume::new(&[("key", b"value"), ("empty", b""), ("deep/er/key", &binary)]);

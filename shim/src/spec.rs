@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use oci_spec::runtime::{
-    Hooks, LinuxNamespace, LinuxNamespaceType, Mount, Process, RootBuilder, Spec,
+    Hooks, LinuxIdMapping, LinuxNamespace, LinuxNamespaceType, Mount, Process, RootBuilder, Spec,
 };
 use sepal_protocol::agent::MemoryVolume;
 use sepal_protocol::paths;
@@ -16,6 +16,7 @@ use sepal_protocol::paths;
 use crate::annotations::Role;
 use crate::mirror::Mirror;
 use crate::sys::BindOptions;
+use crate::users::{self, IdMap, Users};
 
 /// Longest config.json that is read, in bytes; the agent's messages hold at most 4 MiB.
 const MAX_SPEC: u64 = 3 << 20;
@@ -56,11 +57,20 @@ pub enum Error {
         kind: &'static str,
         option: &'static str,
     },
+    #[error(transparent)]
+    Users(#[from] users::Error),
+    #[error("the container is to have other users than its pod: a pod has one user namespace")]
+    OtherUsers,
     #[error(
-        "user namespaces of pods are not supported (hostUsers: false): every pod has its own \
-         kernel, and root in it is not the host's"
+        "block device {} cannot be given to a pod with a user namespace (hostUsers: false)",
+        .0.display()
     )]
-    UserNamespace,
+    DiskOfUsers(PathBuf),
+    #[error(
+        "volume {} is to show other owners (idmap), and neither it nor the container says which",
+        .0.display()
+    )]
+    NoIdMap(PathBuf),
     #[error(
         "volume {} is to be {option} (mountPropagation: Bidirectional): what a virtual machine \
          mounts cannot appear on the host; use rslave (HostToContainer)",
@@ -140,6 +150,8 @@ pub struct Bind {
     pub options: BindOptions,
     /// A directory, else a file.
     pub directory: bool,
+    /// Who owns what in it, where that is not as on the host.
+    pub owners: Option<IdMap>,
 }
 
 /// A volume that the guest has itself.
@@ -150,6 +162,10 @@ pub enum Kept {
     /// A file system in the guest's memory.
     Memory(MemoryVolume),
 }
+
+/// Answers whether the guest has a volume itself: from where it is on the host, how a container gets it, and
+/// whose users its owners are.
+pub type Keeping<'a> = dyn Fn(&Path, &BindOptions, Option<&Users>) -> Option<Kept> + 'a;
 
 /// What becomes of a container's spec.
 #[derive(Debug)]
@@ -225,6 +241,27 @@ pub fn network(spec: &Spec) -> Result<Network, Error> {
     }
 }
 
+/// Who the users of a pod or a container are, where they are not the guest's own.
+///
+/// # Errors
+/// The spec has a user namespace without a mapping that the kernel takes.
+pub fn users(spec: &Spec) -> Result<Option<Users>, Error> {
+    let is_user = |n: &LinuxNamespace| n.typ() == LinuxNamespaceType::User;
+    if !namespaces(spec)?.iter().any(is_user) {
+        return Ok(None);
+    }
+    let linux = spec.linux().as_ref().ok_or(Error::NoLinux)?;
+    let users = mapping(linux.uid_mappings(), linux.gid_mappings())?;
+    Ok(Some(users.with_root()?))
+}
+
+type Ranges = Option<Vec<LinuxIdMapping>>;
+
+fn mapping(uids: &Ranges, gids: &Ranges) -> Result<Users, users::Error> {
+    let ranges = |given: &Ranges| given.clone().unwrap_or_default();
+    Users::new(&ranges(uids), &ranges(gids))
+}
+
 fn namespaces(spec: &Spec) -> Result<&[LinuxNamespace], Error> {
     let linux = spec.linux().as_ref().ok_or(Error::NoLinux)?;
     Ok(linux.namespaces().as_deref().unwrap_or_default())
@@ -245,8 +282,8 @@ pub fn process(spec: &Spec) -> Result<&Process, Error> {
 }
 
 impl Plan {
-    /// Rewrites a container's spec for the guest. `kept` answers whether the guest has a volume itself;
-    /// it is asked for directories, and told how the container gets them.
+    /// Rewrites a container's spec for the guest. `pod` are the users of the pod, where they are not the
+    /// guest's own. `kept` is asked for directories.
     ///
     /// # Errors
     /// The spec asks for what a guest cannot have, or for a mount source that is not there.
@@ -255,9 +292,13 @@ impl Plan {
         container: &str,
         role: &Role,
         bundle: &Path,
-        kept: &dyn Fn(&Path, &BindOptions) -> Option<Kept>,
+        pod: Option<&Users>,
+        kept: &Keeping<'_>,
     ) -> Result<Self, Error> {
         process(&spec)?;
+        if users(&spec)?.as_ref() != pod {
+            return Err(Error::OtherUsers);
+        }
         let in_guest = Path::new(paths::guest::SHARE).join(container);
         let given = spec.root().as_ref();
         // Relative to the bundle (runtime-spec, config.md, "Root").
@@ -288,7 +329,10 @@ impl Plan {
             let source = bundle.join(source);
             let directory = check_source(&source, &destination)?;
             let options = bind_options(mount)?;
-            match directory.then(|| kept(&source, &options)).flatten() {
+            let owners = take_owners(mount, pod)?;
+            let shown = owners.as_ref().map(|owners| &owners.users);
+            let kept = |source| kept(source, &options, shown);
+            match directory.then(|| kept(&source)).flatten() {
                 Some(Kept::Copy(copy)) => {
                     mount.set_source(Some(copy.in_guest()));
                     copies.push(copy);
@@ -309,6 +353,7 @@ impl Plan {
                 source,
                 options,
                 directory,
+                owners,
             });
         }
         Ok(Self {
@@ -473,6 +518,36 @@ fn bind_options(mount: &Mount) -> Result<BindOptions, Error> {
     }
 }
 
+/// Takes out of a volume how it shows the owners of its files: by mappings of its own, or as the
+/// container's users.
+fn take_owners(mount: &mut Mount, pod: Option<&Users>) -> Result<Option<IdMap>, Error> {
+    let mut options = mount.options().clone().unwrap_or_default();
+    let mut asked = None;
+    options.retain(|option| {
+        let other = !matches!(option.as_str(), "idmap" | "ridmap");
+        asked = if other {
+            asked
+        } else {
+            Some(option == "ridmap")
+        };
+        other
+    });
+    let (uids, gids) = (mount.uid_mappings().clone(), mount.gid_mappings().clone());
+    let some = |ranges: &Ranges| ranges.as_ref().is_some_and(|ranges| !ranges.is_empty());
+    let users = match asked {
+        _ if some(&uids) || some(&gids) => mapping(&uids, &gids)?,
+        None => return Ok(None),
+        Some(_) => {
+            let missing = || Error::NoIdMap(mount.destination().clone());
+            pod.cloned().ok_or_else(missing)?
+        }
+    };
+    mount.set_options(Some(options));
+    mount.set_uid_mappings(None).set_gid_mappings(None);
+    let recursive = asked == Some(true);
+    Ok(Some(IdMap { users, recursive }))
+}
+
 /// The process whose PID namespace a pod's further container is to join, by the path that CRI gives.
 fn pid_namespace_of(spec: &Spec, role: &Role) -> Option<u32> {
     let member = matches!(role, Role::Member { .. });
@@ -498,9 +573,8 @@ fn share_namespaces(spec: &mut Spec, role: &Role) -> Result<Vec<String>, Error> 
         let is_shared = match role {
             // The VM itself is the network namespace, whoever made the host's side of it.
             _ if kind == Network => true,
-            Role::Sandbox | Role::Member { .. } if kind == User => {
-                return Err(Error::UserNamespace);
-            }
+            // The guest has one of its own with the same users.
+            _ if kind == User => true,
             Role::Alone => {
                 if let Some(path) = path {
                     return Err(Error::ForeignNamespace {

@@ -17,7 +17,12 @@ fn spec(extra: serde_json::Value) -> Spec {
 }
 
 fn plan(extra: serde_json::Value, role: &Role) -> Result<Plan, Error> {
-    Plan::new(spec(extra), "c1", role, Path::new("/bundle"), &|_, _| None)
+    plan_for(extra, role, None)
+}
+
+fn plan_for(extra: serde_json::Value, role: &Role, pod: Option<&Users>) -> Result<Plan, Error> {
+    let none = |_: &Path, _: &BindOptions, _: Option<&Users>| None;
+    Plan::new(spec(extra), "c1", role, Path::new("/bundle"), pod, &none)
 }
 
 #[test]
@@ -197,7 +202,9 @@ fn only_hooks_of_the_container_reach_the_guest() {
 fn a_spec_without_a_process_is_refused() {
     let mut bare = spec(json!({}));
     bare.set_process(None);
-    let error = Plan::new(bare, "c1", &Role::Alone, Path::new("/b"), &|_, _| None).unwrap_err();
+    let none = |_: &Path, _: &BindOptions, _: Option<&Users>| None;
+    let plan = Plan::new(bare, "c1", &Role::Alone, Path::new("/b"), None, &none);
+    let error = plan.unwrap_err();
     assert!(matches!(error, Error::NoProcess));
 }
 
@@ -265,17 +272,78 @@ fn the_hosts_ipc_and_pid_namespaces_are_refused_by_the_option_that_asks() {
     }
 }
 
+/// A spec with a user namespace.
+fn with_users(mounts: &serde_json::Value) -> serde_json::Value {
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+    json!({"mounts": mounts, "linux": {
+        "namespaces": [
+            {"type": "pid"}, {"type": "ipc"}, {"type": "user", "path": "/proc/7/ns/user"}
+        ],
+        "uidMappings": mapping, "gidMappings": mapping
+    }})
+}
+
 #[test]
-fn a_pod_has_no_user_namespace_and_a_container_alone_may() {
-    let linux = json!({"linux": {
-        "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "user"}],
-        "uidMappings": [{"containerID": 0, "hostID": 1000, "size": 10}]
-    }});
-    for role in [Role::Sandbox, member()] {
-        let error = plan(linux.clone(), &role).unwrap_err();
-        assert!(matches!(error, Error::UserNamespace), "{error}");
+fn containers_have_the_users_of_their_pod() {
+    let given = with_users(&json!([]));
+    let pod = users(&spec(given.clone())).unwrap().unwrap();
+    assert_eq!(pod.uid(1), 100_001);
+    for role in [Role::Sandbox, member(), Role::Alone] {
+        let plan = plan_for(given.clone(), &role, Some(&pod));
+        // The namespace of the host's path is nobody's any more.
+        assert!(plan.unwrap().shared_namespaces.contains(&"user".into()));
+        let error = self::plan(given.clone(), &role).unwrap_err();
+        assert!(matches!(error, Error::OtherUsers), "{error}");
+        let error = plan_for(json!({}), &role, Some(&pod)).unwrap_err();
+        assert!(matches!(error, Error::OtherUsers), "{error}");
     }
-    assert!(plan(linux, &Role::Alone).is_ok());
+    let mut without = given;
+    without["linux"]["gidMappings"] = json!([]);
+    let message = users(&spec(without)).unwrap_err().to_string();
+    assert!(message.contains("no mapping of its gids"), "{message}");
+}
+
+#[test]
+fn volumes_show_owners_as_their_mappings_or_the_containers_say() {
+    let dir = tempfile::tempdir().unwrap();
+    let mapping = json!([{"containerID": 0, "hostID": 5000, "size": 10}]);
+    let volume = |options: &[&str], mapping: Option<&serde_json::Value>| {
+        let mut mount = json!({
+            "destination": "/v", "type": "bind", "source": dir.path(), "options": options
+        });
+        if let Some(mapping) = mapping {
+            mount["uidMappings"] = mapping.clone();
+            mount["gidMappings"] = mapping.clone();
+        }
+        json!([mount])
+    };
+    let pod = users(&spec(with_users(&json!([])))).unwrap();
+    for (options, mapping, expected) in [
+        (&["rbind"][..], None, None),
+        (&["rbind"], Some(&mapping), Some((5000, false))),
+        (&["rbind", "ridmap"], Some(&mapping), Some((5000, true))),
+        (&["rbind", "idmap"], None, Some((100_000, false))),
+    ] {
+        let given = with_users(&volume(options, mapping));
+        let plan = plan_for(given, &member(), pod.as_ref()).unwrap();
+        let owners = plan.binds[0].owners.as_ref();
+        let found = owners.map(|owners| (owners.users.uid(0), owners.recursive));
+        assert_eq!(found, expected, "{options:?}");
+        let mount = &plan.guest.mounts().as_ref().unwrap()[0];
+        assert!(mount.uid_mappings().is_none() && mount.gid_mappings().is_none());
+        assert_eq!(mount.options().as_ref().unwrap(), &["rbind"]);
+    }
+    let of_nobody = json!({"mounts": volume(&["rbind", "idmap"], None)});
+    let message = plan(of_nobody, &Role::Alone).unwrap_err().to_string();
+    assert!(
+        message.contains("volume /v is to show other owners"),
+        "{message}"
+    );
+    let half = json!({"mounts": [{
+        "destination": "/v", "type": "bind", "source": dir.path(), "uidMappings": mapping
+    }]});
+    let message = plan(half, &Role::Alone).unwrap_err().to_string();
+    assert!(message.contains("no mapping of its gids"), "{message}");
 }
 
 #[test]

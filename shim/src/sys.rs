@@ -229,6 +229,49 @@ pub fn in_mount_namespace<T: Send>(
     aside("mounts", enter, work)
 }
 
+/// Runs `work` on a thread of its own whose working directory this is.
+///
+/// # Errors
+/// It cannot be entered, or the thread could not be made or has panicked.
+pub fn in_directory<T: Send>(directory: &Path, work: impl FnOnce() -> T + Send) -> Result<T> {
+    let enter = || {
+        // As the root directory, it is the process's.
+        unshare(CloneFlags::CLONE_FS)?;
+        nix::unistd::chdir(directory)
+    };
+    aside("directory", enter, work)
+}
+
+/// Makes a user namespace with these mappings, as /proc/PID/uid_map and gid_map take them. Nobody is in
+/// it: it is for mounts that map ids.
+///
+/// # Errors
+/// The kernel makes none: its sysctl user.max_user_namespaces has the limit. Or it refuses a mapping.
+pub fn user_namespace(uids: &str, gids: &str) -> Result<OwnedFd> {
+    let flags = libc::c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+    // SAFETY: without CLONE_VM and a stack of its own this is fork(2). The child calls nothing that
+    // takes a lock or memory, never returns, and ends with the calling thread at the latest.
+    let pid = unsafe {
+        match libc::syscall(libc::SYS_clone, flags, 0, 0, 0, 0) {
+            0 => {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                loop {
+                    libc::pause();
+                }
+            }
+            pid => check(pid)?,
+        }
+    };
+    let place = Path::new("/proc").join(pid.to_string());
+    let opened = std::fs::write(place.join("uid_map"), uids)
+        .and_then(|()| std::fs::write(place.join("gid_map"), gids))
+        .and_then(|()| File::open(place.join("ns/user")));
+    let child = nix::unistd::Pid::from_raw(pid as i32);
+    nix::sys::signal::kill(child, Signal::SIGKILL)?;
+    nix::sys::wait::waitpid(child, None)?;
+    Ok(opened?.into())
+}
+
 /// Runs `work` on a thread of its own that has entered a namespace: it ends with the thread.
 fn aside<T: Send>(
     name: &str,
@@ -309,6 +352,21 @@ pub fn copy_of(source: &Path, options: BindOptions) -> Result<OwnedFd> {
     Ok(tree)
 }
 
+/// Has a copy that is attached nowhere show its files with the owners that they have outside of a user
+/// namespace.
+///
+/// # Errors
+/// What mount_setattr(2) says: EINVAL where the file system cannot do that.
+pub fn map_ids(tree: &OwnedFd, users: BorrowedFd<'_>, recursive: bool) -> Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: users.as_raw_fd() as u64,
+    };
+    mount_setattr(tree, recursive, &attributes)
+}
+
 /// Attaches a copy to `target` in the calling thread's mount namespace.
 ///
 /// # Errors
@@ -354,6 +412,10 @@ fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: u64) -
         propagation,
         userns_fd: 0,
     };
+    mount_setattr(tree, recursive, &attributes)
+}
+
+fn mount_setattr(tree: &OwnedFd, recursive: bool, attributes: &libc::mount_attr) -> Result<()> {
     let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
     // SAFETY: the structure's size goes with it and it outlives the call.
     unsafe {
@@ -362,7 +424,7 @@ fn set_attributes(tree: &OwnedFd, recursive: bool, set: u64, propagation: u64) -
             tree.as_raw_fd(),
             c"".as_ptr(),
             flags,
-            &raw const attributes,
+            std::ptr::from_ref(attributes),
             size_of::<libc::mount_attr>(),
         ))?;
     }

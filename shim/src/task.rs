@@ -60,7 +60,7 @@ fn code(error: &Error) -> Code {
         Error::Spec(
             spec::Error::HostNetwork
             | spec::Error::HostNamespace { .. }
-            | spec::Error::UserNamespace
+            | spec::Error::DiskOfUsers(_)
             | spec::Error::SharedVolume { .. }
             | spec::Error::ForeignNamespace { .. },
         ) => Code::UNIMPLEMENTED,

@@ -94,7 +94,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Spawns the VMM in the pod's network namespace, and the file server.
+    /// Spawns the VMM in the pod's network namespace, and the file server, which is told whether the pod
+    /// has users of its own.
     ///
     /// # Errors
     /// A program is missing or cannot be run.
@@ -103,6 +104,7 @@ impl Vm {
         pod_id: &str,
         directory: &Path,
         netns: Netns<'_>,
+        users: bool,
     ) -> Result<Self, Error> {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
@@ -151,6 +153,7 @@ impl Vm {
             "--share",
         ]);
         command.arg(directory.join(pod::SHARE));
+        command.args(users.then_some("--users"));
         let me = sys::pidfd_open(std::process::id()).map_err(io("open our own process"))?;
         let inherited = [fs_socket.as_fd(), pressure.as_fd(), me.as_fd()];
         let fs = start(command, &directory.join(FS_LOG), &inherited, Netns::Same);

@@ -63,6 +63,17 @@ impl Cluster {
         }
     }
 
+    /// Whether the node says of the RuntimeClass's handler that it has a feature.
+    #[track_caller]
+    pub fn handler_supports(&self, feature: &str) -> bool {
+        let handler = self.runtime_class();
+        let path = format!(
+            r#"jsonpath={{.items[0].status.runtimeHandlers[?(@.name=="{handler}")].features.{feature}}}"#
+        );
+        let told = self.kubectl(["get", "nodes", "-o", &path]).run();
+        told.success().out() == "true"
+    }
+
     /// Stops or starts a daemon of the cluster by its name.
     #[track_caller]
     pub fn daemon(&self, verb: &str, name: &str) {

@@ -222,6 +222,124 @@ spec:
     );
 }
 
+/// The range of a pod's users by its uid_map: inside, outside, how many.
+fn range(uid_map: &str) -> [u32; 3] {
+    let numbers: Vec<u32> = uid_map
+        .split_ascii_whitespace()
+        .map(|number| number.parse().unwrap())
+        .collect();
+    numbers.try_into().unwrap()
+}
+
+#[test]
+#[ignore = "needs a cluster: tests/kube/run"]
+fn a_pod_has_users_of_its_own() {
+    let cluster = Cluster::get();
+    if !cluster.handler_supports("userNamespaces") {
+        println!("left out: containerd has not asked this handler (tests/kube/run --ask-features)");
+        return;
+    }
+    let namespace = cluster.namespace();
+    namespace.apply(
+        r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: { name: settings }
+data: { key: value }
+---
+apiVersion: v1
+kind: Secret
+metadata: { name: secret }
+stringData: { key: value }
+"#,
+    );
+    let manifest = |name: &str, shared: bool| {
+        format!(
+            r#"
+apiVersion: v1
+kind: Pod
+metadata: {{ name: {name} }}
+spec:
+  runtimeClassName: sepal
+  hostUsers: false
+  shareProcessNamespace: {shared}
+  terminationGracePeriodSeconds: 1
+  securityContext: {{ fsGroup: 3456 }}
+  volumes:
+    - {{ name: data, emptyDir: {{}} }}
+    - {{ name: memory, emptyDir: {{ medium: Memory }} }}
+    - {{ name: settings, configMap: {{ name: settings }} }}
+    - {{ name: secret, secret: {{ secretName: secret, defaultMode: 0400 }} }}
+  containers:
+    - name: main
+      image: busybox
+      command: [sh, -c, 'echo from $(id -u); exec sleep 1000']
+      volumeMounts: &mounts
+        - {{ name: data, mountPath: /data }}
+        - {{ name: memory, mountPath: /memory }}
+        - {{ name: settings, mountPath: /settings }}
+        - {{ name: secret, mountPath: /secret }}
+    - name: other
+      image: busybox
+      command: [sleep, "2222"]
+      workingDir: /made/for/it
+      securityContext: {{ runAsUser: 1234 }}
+      volumeMounts: *mounts
+"#
+        )
+    };
+    let pod = namespace.start("one", &manifest("one", false));
+    assert_eq!(pod.logs(&["-c", "main"]).trim(), "from 0");
+    let one = range(&pod.sh("cat /proc/self/uid_map"));
+    assert_eq!((one[0], one[2]), (0, 65536));
+    assert_ne!(one[1], 0, "root is somebody else outside");
+    assert_eq!(one, range(&pod.sh("cat /proc/self/gid_map")));
+    assert_eq!(one, range(&pod.sh_in("other", "cat /proc/self/uid_map")));
+    // What comes with the image, and what Kubernetes brings.
+    let owners = |line: &str| pod.sh(&format!("stat -c '%u %g' {line} | sort -u"));
+    assert_eq!(
+        owners("/ /bin/busybox /proc/1 /etc/hosts /etc/hostname /etc/resolv.conf"),
+        "0 0"
+    );
+    assert_eq!(
+        owners("-L /settings/key /secret/key /data /memory"),
+        "0 3456"
+    );
+    assert_eq!(pod.sh("cat /settings/key /secret/key"), "valuevalue");
+    // What is written: seen by another user of the pod, who can have it.
+    pod.sh("for d in /data /memory /tmp; do echo x >$d/file; chown 1234:5678 $d/file; chmod 600 $d/file; done; mkdir -m 700 /data/theirs; chown 1234 /data/theirs; echo x >/data/theirs/roots");
+    assert_eq!(owners("/data/file /memory/file /tmp/file"), "1234 5678");
+    assert_eq!(
+        owners("/data/theirs/roots"),
+        "0 0",
+        "root may write where others own"
+    );
+    let other = "id -u; id -G; cat /data/file /memory/file; pwd; touch /data/mine /memory/mine; stat -c '%u %g' /data/mine /memory/mine; touch /none 2>/dev/null || echo refused";
+    assert_eq!(
+        pod.sh_in("other", other),
+        "1234\n0 3456\nx\nx\n/made/for/it\n1234 3456\n1234 3456\nrefused"
+    );
+    // The network is the pod's, whose root may change it as its capabilities say.
+    assert_eq!(
+        pod.sh("ping -c 1 127.0.0.1 >/dev/null && echo answered"),
+        "answered"
+    );
+    assert_eq!(pod.sh("ls /sys/class/net | tr '\\n' ' '"), "eth0 lo");
+    assert_eq!(
+        pod.sh("echo 1 2>/dev/null >/proc/sys/vm/swappiness || echo refused"),
+        "refused"
+    );
+    assert!(pod.sh("mount | grep -c mqueue") != "0");
+
+    let pod = namespace.start("two", &manifest("two", true));
+    let two = range(&pod.sh("cat /proc/self/uid_map"));
+    assert!(one[1].abs_diff(two[1]) >= 65536, "{one:?} {two:?}");
+    assert_eq!(
+        pod.sh("cat /proc/$(pgrep -f 'sleep 222[2]')/status | grep ^Uid | cut -f2"),
+        "1234"
+    );
+}
+
 #[test]
 #[ignore = "needs a cluster: tests/kube/run"]
 fn what_only_the_node_s_kernel_could_give_is_refused_in_a_sentence() {
@@ -234,7 +352,6 @@ fn what_only_the_node_s_kernel_could_give_is_refused_in_a_sentence() {
         ("hostNetwork: true", "network"),
         ("hostPID: true", "PID"),
         ("hostIPC: true", "IPC"),
-        ("hostUsers: false", "user namespace"),
     ] {
         let namespace = cluster.namespace();
         namespace.apply(&pod(&format!("  {what}"), "", "true"));
