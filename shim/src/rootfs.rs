@@ -177,6 +177,7 @@ impl Share {
         for entry in mounts {
             mount_root(entry, &rootfs, &self.layers().join(container))?;
         }
+        sys::only_data(&rootfs).map_err(io("restrict", &rootfs))?;
         for (number, bind) in binds.iter().enumerate() {
             let target = directory.join(paths::MOUNTS).join(number.to_string());
             if bind.directory {
@@ -646,6 +647,53 @@ mod tests {
         assert!(!mounts.contains("/layers"), "{mounts}");
         share.remove_all();
         assert!(path("one/file").exists());
+    }
+
+    #[test]
+    fn a_device_node_in_the_share_is_no_device_on_the_host() {
+        if !sys::is_root() {
+            return;
+        }
+        let files = tempfile::tempdir_in("/var/tmp").unwrap();
+        let path = |name: &str| files.path().join(name);
+        for name in ["lower", "up", "work", "volume"] {
+            std::fs::create_dir(path(name)).unwrap();
+        }
+        for directory in ["up", "volume"] {
+            let made = std::process::Command::new("mknod")
+                .arg(path(directory).join("null"))
+                .args(["c", "1", "3"])
+                .status();
+            assert!(made.unwrap().success());
+        }
+        let place = |name: &str| path(name).display().to_string();
+        let root = RootMount {
+            kind: OVERLAY.into(),
+            source: OVERLAY.into(),
+            options: ["workdir=work", "upperdir=up", "lowerdir=lower"]
+                .map(|option| option.split_once('=').unwrap())
+                .map(|(name, directory)| format!("{name}={}", place(directory)))
+                .into(),
+        };
+        let binds = [Bind {
+            source: path("volume"),
+            options: BindOptions::default(),
+            directory: true,
+            owners: None,
+        }];
+        let pod = tempfile::tempdir().unwrap();
+        let share = Share::create(pod.path()).unwrap();
+        share
+            .add("c1", Path::new("/nonexistent"), &[root], &binds)
+            .unwrap();
+        let here = sys::pidfd_open(std::process::id()).unwrap();
+        share.attach("c1", &binds, here.as_fd()).unwrap();
+        for node in ["c1/rootfs/null", "c1/mounts/0/null"] {
+            let opened = File::open(share.path().join(node));
+            let error = opened.expect_err(node);
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{node}: {error}");
+        }
+        share.remove_all();
     }
 
     /// A shared mount of the test's own, gone with it.

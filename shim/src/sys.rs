@@ -327,7 +327,20 @@ pub fn bind(source: &Path, target: &Path, options: BindOptions) -> Result<()> {
     attach(&copy_of(source, options)?, target)
 }
 
-/// Makes a copy of the mount at `source` that is attached nowhere yet and belongs to no namespace.
+/// Of a mount whose files are data to this kernel and nothing else, whatever they are to the guest's: a file
+/// server that a guest has taken over can make any device node, and must not get at the device by it.
+const ONLY_DATA: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+
+/// Makes what is mounted at `target` data and nothing else, as copies are: no device, program or setuid file.
+///
+/// # Errors
+/// What open(2) and mount_setattr(2) say.
+pub fn only_data(target: &Path) -> Result<()> {
+    set_attributes(&open_directory(target)?.into(), false, ONLY_DATA, 0)
+}
+
+/// Makes a copy of the mount at `source` that is attached nowhere yet and belongs to no namespace, and whose
+/// files are data and nothing else.
 ///
 /// It is taken out of the source's peer group: what is mounted below the copy does not appear below
 /// the source. The other way nothing travels either, unless the copy follows its source: then it is a
@@ -343,7 +356,7 @@ pub fn copy_of(source: &Path, options: BindOptions) -> Result<OwnedFd> {
     } else {
         libc::MS_PRIVATE
     };
-    set_attributes(&tree, options.recursive, 0, propagation)?;
+    set_attributes(&tree, options.recursive, ONLY_DATA, propagation)?;
     if options.recursive_read_only {
         set_attributes(&tree, true, libc::MOUNT_ATTR_RDONLY, 0)?;
     } else if options.read_only {
