@@ -14,8 +14,11 @@ use sepal_shim::annotations::{Annotations, CriResources, Role};
 use sepal_shim::disks;
 use sepal_shim::limits::{self, Ledger, Limits};
 use sepal_shim::podspec::{PodSpec, SandboxRequest};
+use sepal_shim::resize::Demand;
 use sepal_shim::size::{Host, Size};
 use sepal_shim::spec;
+use sepal_shim::sys::BindOptions;
+use sepal_shim::users::Users;
 
 use crate::input::Input;
 
@@ -68,10 +71,19 @@ pub fn oci_spec(data: &[u8]) {
         }
         let Ok(spec) = spec::load(bundle) else { return };
         let _ = disks::wanted(&spec);
+        let resources = spec
+            .linux()
+            .as_ref()
+            .and_then(|linux| linux.resources().as_ref());
+        let _ = Demand::of(resources, &role);
         let _ = spec::console_size(spec.process().as_ref());
-        let Ok(mut plan) = spec::Plan::new(spec, "id", &role, bundle, &|_, _| None) else {
+        // It is the pod's first container as well.
+        let Ok(users) = spec::users(&spec) else {
             return;
         };
+        let kept = |_: &Path, _: &BindOptions, _: Option<&Users>| None;
+        let made = spec::Plan::new(spec, "id", &role, bundle, users.as_ref(), &kept);
+        let Ok(mut plan) = made else { return };
         plan.complete(["hosts", "resolv.conf"].into_iter());
         let hooks = plan.guest.hooks().as_ref();
         let left = hooks.is_some_and(|hooks| hooks.create_runtime().is_some());
@@ -82,7 +94,6 @@ pub fn oci_spec(data: &[u8]) {
 
 fn in_guest(spec: Spec, shared: &[String]) {
     let facts = Facts {
-        cpus: 2,
         cgroup_file: &|name| name.len() % 2 == 0,
         device: &|device| (device.major() != 7).then_some((LinuxDeviceType::C, 1, device.minor())),
     };
