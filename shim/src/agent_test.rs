@@ -40,6 +40,7 @@ async fn refusals_and_nonsense_are_errors() {
 async fn the_announcement_is_bounded_in_time_and_size() {
     let dir = tempfile::tempdir().unwrap();
     let path = host_socket(dir.path(), ports::READY);
+    std::fs::create_dir(path.parent().unwrap()).unwrap();
     let listener = UnixListener::bind(&path).unwrap();
     let late = ready(&listener, Duration::from_millis(20))
         .await
