@@ -8,6 +8,7 @@ apiVersion: apps/v1
 kind: Deployment
 metadata: { name: web }
 spec:
+  progressDeadlineSeconds: 7200
   selector: { matchLabels: { app: web } }
   template:
     metadata: { labels: { app: web } }
