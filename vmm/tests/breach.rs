@@ -7,16 +7,12 @@
 mod guest;
 
 use std::io::Read;
-use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use sepal_protocol::control::{self, Request, Response};
-use sepal_protocol::vm::{CpuSpec, JailSpec, KernelSpec, MemorySpec, VmSpec};
 use sepal_vmm::breach::{ATTEMPTS, THREADS, TRIED};
 
 /// A process that is not the VMM's.
@@ -37,90 +33,27 @@ fn attempt(
     victim: &Victim,
     socket: &Path,
 ) -> (i32, String) {
-    let directory = tempfile::tempdir().unwrap();
-    let root = directory.path().join("vm");
-    std::fs::create_dir(&root).unwrap();
-    let kernel = directory.path().join("kernel");
-    // cli; hlt; jmp: it waits.
-    std::fs::write(&kernel, guest::bare(&[0xfa, 0xf4, 0xeb, 0xfd])).unwrap();
-    let (ours, theirs): (OwnedFd, OwnedFd) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .unwrap();
     // As the shim spawns it: alone among processes, in the pod's network namespace.
     let mut command = Command::new("unshare");
     command
-        .args([
-            "--pid",
-            "--net",
-            "--fork",
-            "--kill-child",
-            env!("CARGO_BIN_EXE_sepal-vmm"),
-        ])
-        .args([
-            "--control-fd",
-            "3",
-            "--seccomp",
-            if filters { "kill" } else { "off" },
-        ])
+        .args(["--pid", "--net", "--fork", "--kill-child"])
+        .arg(env!("CARGO_BIN_EXE_sepal-vmm"))
+        .args(["--seccomp", if filters { "kill" } else { "off" }])
         .env("SEPAL_BREACH", format!("{thread}:{what}"))
         .env("SEPAL_BREACH_PID", victim.0.id().to_string())
         .env("SEPAL_BREACH_SOCKET", socket)
-        .stdin(Stdio::null())
         .stderr(Stdio::piped());
-    let fd = theirs.as_raw_fd();
-    // SAFETY: dup2 is async-signal-safe and its arguments are plain numbers.
-    unsafe {
-        command.pre_exec(move || match libc::dup2(fd, 3) {
-            3 => Ok(()),
-            _ => Err(std::io::Error::last_os_error()),
-        });
-    }
-    let mut child = command.spawn().unwrap();
-    drop(theirs);
-    let spec = VmSpec {
-        pod_id: "breach".into(),
-        cpus: CpuSpec { boot: 1, max: 1 },
-        memory: MemorySpec {
-            size: 64 << 20,
-            max: 0,
-            hugepages: false,
-            max_huge: 0,
-            mergeable: false,
-        },
-        kernels: KernelSpec {
-            hardware: Some(kernel.clone()),
-            deprivileged: Some(kernel),
-        },
-        cmdline: String::new(),
-        image: None,
-        initrd: None,
-        vsock: root.join("vsock"),
-        jail: Some(JailSpec {
-            root,
-            user: 2_000_000_002,
-        }),
-        control: None,
-        console: None,
-        early_console: false,
-        fs: vec![],
-        net: vec![],
-        blk: vec![],
-        balloon: true,
-    };
-    control::send(&ours, &Request::Boot(Box::new(spec)), &[]).unwrap();
-    let _ = control::receive::<Response>(&ours);
+    let mut vmm = guest::Vmm::spawn_by(command);
+    // cli; hlt; jmp: it waits.
+    let kernel = vmm.file("kernel", &guest::bare(&[0xfa, 0xf4, 0xeb, 0xfd]));
+    let boot = Request::Boot(Box::new(vmm.spec(kernel)));
+    let control = vmm.control.as_ref().unwrap();
+    control::send(control, &boot, &[]).unwrap();
+    let _ = control::receive::<Response>(control);
     let mut said = String::new();
-    child
-        .stderr
-        .take()
-        .unwrap()
-        .read_to_string(&mut said)
-        .unwrap();
-    let status = child.wait().unwrap();
+    let mut stderr = vmm.child.stderr.take().unwrap();
+    stderr.read_to_string(&mut said).unwrap();
+    let status = vmm.child.wait().unwrap();
     (status.code().unwrap_or(-1), said)
 }
 

@@ -72,6 +72,13 @@ impl Vmm {
 
     /// The same with more arguments.
     pub fn spawn_with(arguments: &[&OsStr]) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sepal-vmm"));
+        command.args(["--log", "info"]).args(arguments);
+        Self::spawn_by(command)
+    }
+
+    /// The same by a command that ends with the program and its arguments.
+    pub fn spawn_by(mut command: Command) -> Self {
         let (ours, theirs) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -79,11 +86,7 @@ impl Vmm {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_sepal-vmm"));
-        command
-            .args(["--control-fd", "3", "--log", "info"])
-            .args(arguments)
-            .stdin(Stdio::null());
+        command.args(["--control-fd", "3"]).stdin(Stdio::null());
         let fd = theirs.as_raw_fd();
         // SAFETY: dup2 is async-signal-safe and its arguments are plain numbers.
         unsafe {
