@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use capng::{Action, Set, Type};
-use nix::fcntl::{OFlag, open, openat};
+use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
@@ -20,11 +20,10 @@ use nix::unistd::{fchdir, pivot_root};
 use crate::sys;
 
 /// What serving files takes, and no more: give files the guest's owners, modes, devices and file
-/// capabilities, become the guest's user while creating, and open inodes by handle.
-const CAPABILITIES: [&str; 9] = [
+/// capabilities, and become the guest's user while creating.
+const CAPABILITIES: [&str; 8] = [
     "CHOWN",
     "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
     "FOWNER",
     "FSETID",
     "MKNOD",
@@ -32,14 +31,6 @@ const CAPABILITIES: [&str; 9] = [
     "SETGID",
     "SETUID",
 ];
-
-/// What of /proc is needed inside the confinement, where there is no /proc.
-pub struct Proc {
-    /// A directory of this process's descriptors with nothing above it.
-    pub descriptors: File,
-    /// The mounts of the share, as they come and go.
-    pub mounts: File,
-}
 
 /// Enters namespaces of our own in which the share is the root directory.
 ///
@@ -49,9 +40,12 @@ pub struct Proc {
 /// The network namespace stays the pod's: the filter of system calls has no socket(2), and making an
 /// empty namespace costs more than everything else here.
 ///
+/// Answers with a directory of this process's descriptors that has nothing above it: where the share is
+/// the root there is no /proc.
+///
 /// # Errors
 /// The share is not a shared mount point, or the kernel refuses a step.
-pub fn enter(share: &Path) -> anyhow::Result<Proc> {
+pub fn enter(share: &Path) -> anyhow::Result<File> {
     let shown = share.display();
     let directory = open(
         share,
@@ -66,12 +60,6 @@ pub fn enter(share: &Path) -> anyhow::Result<Proc> {
     let none: Option<&str> = None;
     mount(none, "/", none, MsFlags::MS_SLAVE | MsFlags::MS_REC, none)
         .context("cannot make the mounts private")?;
-    let proc_self = open(
-        "/proc/self",
-        OFlag::O_PATH | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .context("cannot open /proc/self")?;
     let descriptors = sys::detached_tree(c"/proc/self/fd").context("cannot clone /proc/self/fd")?;
 
     // The directory opened above belongs to the mount namespace that we have left.
@@ -94,18 +82,7 @@ pub fn enter(share: &Path) -> anyhow::Result<Proc> {
     mount(none, "/", none, flags | strict, none)
         .context("cannot make the share's own directories read-only")?;
 
-    // Only now: the file shows the mounts below the root directory at the time it is opened.
-    let mounts = openat(
-        &proc_self,
-        "mountinfo",
-        OFlag::O_RDONLY | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .context("cannot open /proc/self/mountinfo")?;
-    Ok(Proc {
-        descriptors,
-        mounts: mounts.into(),
-    })
+    Ok(descriptors)
 }
 
 /// Refuses a share into which later mounts would not propagate.

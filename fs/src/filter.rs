@@ -45,7 +45,7 @@ const PLAIN: &[c_long] = &[
     libc::SYS_syncfs,
     libc::SYS_write,
     libc::SYS_writev,
-    // Files by name below a descriptor, or by handle.
+    // Files by name below a descriptor. Handles tell of mounts, and are never opened.
     libc::SYS_fchmodat,
     libc::SYS_fchownat,
     libc::SYS_getxattr,
@@ -56,7 +56,6 @@ const PLAIN: &[c_long] = &[
     libc::SYS_name_to_handle_at,
     libc::SYS_newfstatat,
     libc::SYS_open,
-    libc::SYS_open_by_handle_at,
     libc::SYS_openat,
     libc::SYS_openat2,
     libc::SYS_readlinkat,

@@ -68,10 +68,16 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let starter = starter.context("cannot watch the process that started this one")?;
     let descriptors = share::raise_descriptor_limit()?;
 
-    let proc = confine::enter(&args.share)?;
+    let descriptors_of_proc = confine::enter(&args.share)?;
     let volumes = CString::new(args.volumes.as_bytes()).context("--volumes")?;
     let volumes = Volumes::new(volumes);
-    let fs = share::file_system(proc, descriptors, args.threads, volumes, args.users)?;
+    let fs = share::file_system(
+        descriptors_of_proc,
+        descriptors,
+        args.threads,
+        volumes,
+        args.users,
+    )?;
     confine::drop_privileges()?;
     filter::install()?;
 

@@ -1,5 +1,6 @@
 //! The share as a file system: which of virtiofsd's choices apply, and why.
 
+use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -8,11 +9,10 @@ use virtiofsd::passthrough::{
     CachePolicy, Config, InodeFileHandlesMode, NegotiationMode, PassthroughFs,
 };
 
-use crate::confine::Proc;
 use crate::files::Files;
 use crate::volumes::Volumes;
 
-/// Descriptors kept back from the guest: sockets, eventfds, memory regions, mounts, and one in
+/// Descriptors kept back from the guest: sockets, eventfds, memory regions, and one in
 /// flight per thread.
 const RESERVED_DESCRIPTORS: u64 = 64;
 /// And this part of them for files without a name, which are ours.
@@ -27,8 +27,7 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 /// Raises the limit of open descriptors to what the kernel allows at most, or, without the
 /// capability for that, to the hard limit. Answers the limit.
 ///
-/// File systems without file handles (overlayfs as containerd mounts it) cost one descriptor per
-/// inode that the guest remembers.
+/// Each inode that the guest remembers costs one.
 ///
 /// # Errors
 /// The limit is too low for any container.
@@ -56,16 +55,15 @@ pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
 /// kernel lets its users create is created.
 ///
 /// # Errors
-/// File handles cannot be opened.
+/// The descriptors of this process cannot be opened again.
 pub fn file_system(
-    proc: Proc,
+    descriptors_of_proc: File,
     descriptors: u64,
     threads: u8,
     volumes: Volumes,
     users: bool,
 ) -> anyhow::Result<Files> {
-    let ours = proc
-        .descriptors
+    let ours = descriptors_of_proc
         .try_clone()
         .context("cannot copy a descriptor")?;
     let reserved = RESERVED_DESCRIPTORS + u64::from(threads) + descriptors / UNNAMED_SHARE;
@@ -80,11 +78,11 @@ pub fn file_system(
         // Inodes of different mounts may have equal numbers: the guest makes each mount a file
         // system of its own with its own st_dev.
         announce_submounts: true,
-        // Where the host's file system has handles, an inode the guest remembers costs no
-        // descriptor; elsewhere it is held open.
-        inode_file_handles: InodeFileHandlesMode::Prefer,
-        proc_sfd_rawfd: Some(proc.descriptors),
-        proc_mountinfo_rawfd: Some(proc.mounts),
+        // With handles an inode that the guest remembers would cost no descriptor. But who may open
+        // handles may open every inode of a file system, whatever part of it is in the share: of the
+        // host's own, where a hostPath or an emptyDir is a directory of it.
+        inode_file_handles: InodeFileHandlesMode::Never,
+        proc_sfd_rawfd: Some(descriptors_of_proc),
         // Saves a request per entry for `ls -l` and `find`.
         readdirplus: true,
         xattr: true,
