@@ -163,16 +163,26 @@ impl Pod {
         places.set(&container.account, placement);
         let (before, target) = (extent.target, self.target(&ledger)?);
         self.check(&up, before, target).await?;
+        let former = extent.places.clone();
         self.place(&mut extent, places).await?;
-        self.grow(&up, before, target).await?;
-        let request = messages::UpdateContainerRequest {
-            container_id: id.into(),
-            resources,
-            ..Default::default()
+        let given = async {
+            self.grow(&up, before, target).await?;
+            let request = messages::UpdateContainerRequest {
+                container_id: id.into(),
+                resources,
+                ..Default::default()
+            };
+            let set = self.call(&up, up.agent.update_container(&request)).await;
+            if set.is_err() {
+                // Whatever of it cannot be taken back is told when limits are next set.
+                let _ = self.shrink(&up, target, before).await;
+            }
+            set
         };
-        if let Err(e) = self.call(&up, up.agent.update_container(&request)).await {
-            // Whatever of it cannot be taken back is told when limits are next set.
-            let _ = self.shrink(&up, target, before).await;
+        if let Err(e) = given.await {
+            if let Err(stays) = self.place(&mut extent, former).await {
+                tracing::warn!("the pod stays where a refused request wanted it: {stays}");
+            }
             return Err(e);
         }
         extent.ledger = ledger;

@@ -313,24 +313,32 @@ fn cpus_asked_for_are_there() {
     assert_eq!(two.out(), "2");
 }
 
+/// The host's CPUs, all and the last.
+fn cpus_of_the_host(bed: &Bed) -> (String, String) {
+    let all = "grep -h ^Cpus_allowed_list /proc/self/status | cut -f2";
+    let all = bed.sh(all).run().success().out();
+    let last = all.rsplit([',', '-']).next().expect("a CPU").to_owned();
+    (all, last)
+}
+
+/// Where on the host the threads of a container's task may run; of a VM its vCPUs are among them.
+fn placed(bed: &Bed, container: &Container) -> Vec<String> {
+    let pid = container.task_pid();
+    let line = format!("cat /proc/{pid}/task/*/status | grep ^Cpus_allowed_list: | cut -f2");
+    let lists = bed.sh(&line).run().success().out();
+    let mut lists: Vec<_> = lists.lines().map(String::from).collect();
+    lists.dedup();
+    lists
+}
+
 #[test]
 #[ignore = "needs a bed: tests/run"]
 fn a_container_is_kept_on_its_cpus_of_the_host() {
     let bed = Bed::get();
-    let all = "grep -h ^Cpus_allowed_list /proc/self/status | cut -f2";
-    let all = bed.sh(all).run().success().out();
-    let last = all.rsplit([',', '-']).next().expect("a CPU").to_owned();
+    let (all, last) = cpus_of_the_host(&bed);
     let options = ["--cpuset-cpus", &last];
     let container = bed.nerdctl_start(&options, &bed.busybox(), &["sleep", "1000"]);
-    // The threads of the VMM, with its vCPUs among them.
-    let allowed = || {
-        let pid = container.task_pid();
-        let line = format!("cat /proc/{pid}/task/*/status | grep ^Cpus_allowed_list: | cut -f2");
-        let lists = bed.sh(&line).run().success().out();
-        let mut lists: Vec<_> = lists.lines().map(String::from).collect();
-        lists.dedup();
-        lists
-    };
+    let allowed = || placed(&bed, &container);
     assert_eq!(allowed(), [last.as_str()]);
     let update = ["nerdctl", "update", "--cpuset-cpus", &all, container.id()];
     bed.command(update).run().success();
@@ -339,4 +347,30 @@ fn a_container_is_kept_on_its_cpus_of_the_host() {
     bed.command(none).run().failure();
     assert_eq!(allowed(), [all.as_str()]);
     container.exec(["true"]).success();
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn refused_limits_leave_a_pod_on_its_cpus() {
+    let bed = Bed::get();
+    let (all, last) = cpus_of_the_host(&bed);
+    if !bed.has_vm() || last == all {
+        return;
+    }
+    let options = ["--memory", "200m", "--tmpfs", "/blob"];
+    let container = bed.nerdctl_start(&options, &bed.busybox(), &["sleep", "1000"]);
+    container
+        .sh("head -c 100000000 /dev/zero >/blob/x")
+        .success();
+    let before = placed(&bed, &container);
+    // The guest refuses less memory than is in use.
+    let update = ["nerdctl", "update", "--memory", "50m"];
+    let update = bed
+        .command(update)
+        .args(["--cpuset-cpus", &last, container.id()])
+        .run()
+        .failure();
+    let text = update.report();
+    assert!(text.contains("more than the new memory limit"), "{text}");
+    assert_eq!(placed(&bed, &container), before);
 }
