@@ -12,6 +12,7 @@ use oci_spec::runtime::{LinuxNamespaceBuilder, LinuxNamespaceType, Spec};
 use sepal_protocol::agent::{CreateContainerRequest, ProcessInfo};
 use sepal_protocol::paths;
 
+use crate::apparmor;
 use crate::cgroup::{self, Cgroup};
 use crate::devices;
 use crate::error::{Context, Error, Result};
@@ -129,6 +130,9 @@ impl Container {
             };
             if !plan.left_out.is_empty() {
                 tracing::info!(container = id, left_out = ?plan.left_out, "not in the guest");
+            }
+            if !request.apparmor_policy.is_empty() {
+                apparmor::load(&request.apparmor_policy)?;
             }
             devices::restrict(cgroup.path(), &plan.device_rules)?;
             let oom = with.events.watch(&id, &cgroup)?;

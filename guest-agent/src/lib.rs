@@ -4,6 +4,7 @@
 //! Everything runs on one thread: the service, the copying of streams, the collecting of children.
 //! What could block is done by short-lived helper processes (launch.rs).
 
+pub mod apparmor;
 pub mod boot;
 pub mod cgroup;
 pub mod clock;

@@ -267,11 +267,7 @@ fn check_process(process: &mut Process, left_out: &mut Vec<String>) -> Result<()
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
-    // Profiles and labels belong to the host's security modules.
-    if process.apparmor_profile().is_some() {
-        process.set_apparmor_profile(None);
-        left_out.push("the AppArmor profile".into());
-    }
+    // Labels belong to the host's security module.
     if process.selinux_label().is_some() {
         process.set_selinux_label(None);
         left_out.push("the SELinux label".into());

@@ -142,7 +142,10 @@ fn the_process_is_its_own_master() {
     let plan = plan_of(SPEC, &[]).unwrap();
     let process = plan.spec.process().clone().unwrap();
     assert_eq!(process.no_new_privileges(), None);
-    assert_eq!(process.apparmor_profile(), &None);
+    assert_eq!(
+        process.apparmor_profile().as_deref(),
+        Some("cri-containerd.apparmor.d")
+    );
     // No capabilities in the spec means none, not all.
     assert_eq!(
         process.capabilities().as_ref().unwrap().bounding(),

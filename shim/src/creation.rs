@@ -12,6 +12,7 @@ use sepal_protocol::agent::{CreateContainerRequest, RootFs, Stdio};
 use sepal_protocol::paths;
 
 use crate::annotations::Role;
+use crate::apparmor;
 use crate::container::{Container, Process, lock};
 use crate::disks;
 use crate::error::{Error, Result};
@@ -83,7 +84,8 @@ impl Pod {
         let plan = match refused {
             Some(refused) => Err(refused),
             None => demand.and_then(|demand| {
-                let plan = Plan::new(spec, &asked.id, &role, &asked.bundle, users, &kept)?;
+                let mut plan = Plan::new(spec, &asked.id, &role, &asked.bundle, users, &kept)?;
+                plan.apparmor_policy = apparmor::policy(&plan.guest, Path::new(apparmor::LOADED))?;
                 Ok((plan, demand))
             }),
         };
@@ -257,6 +259,7 @@ impl Pod {
             }),
             disks,
             memory_volumes: plan.memory.clone(),
+            apparmor_policy: plan.apparmor_policy.clone(),
             // pivot_root(2) refuses to move an initramfs.
             no_pivot: asked.no_pivot || self.config.initrd.is_some(),
             ..Default::default()

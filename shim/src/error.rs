@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::{agent, cgroup, disks, hooks, mirror, network, resize, rootfs, size, spec, stdio, vm};
+use crate::{
+    agent, apparmor, cgroup, disks, hooks, mirror, network, resize, rootfs, size, spec, stdio, vm,
+};
 
 /// The result of everything that a Task call does.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -48,6 +50,8 @@ pub enum Error {
     Resize(#[from] resize::Error),
     #[error(transparent)]
     Spec(#[from] spec::Error),
+    #[error(transparent)]
+    AppArmor(#[from] apparmor::Error),
     #[error(transparent)]
     Rootfs(#[from] rootfs::Error),
     #[error(transparent)]

@@ -100,8 +100,9 @@ fn features() -> Value {
                 ],
                 "archs": ["SCMP_ARCH_X32", "SCMP_ARCH_X86", "SCMP_ARCH_X86_64"]
             },
-            // The host's security modules know nothing of a guest's processes.
-            "apparmor": { "enabled": false },
+            // The guest's kernel enforces the host's policy.
+            "apparmor": { "enabled": true },
+            // The host's SELinux knows nothing of a guest's processes.
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
             "mountExtensions": { "idmap": { "enabled": true } }

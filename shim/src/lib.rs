@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod annotations;
+pub mod apparmor;
 pub mod cgroup;
 pub mod cleanup;
 pub mod container;

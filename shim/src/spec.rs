@@ -180,6 +180,8 @@ pub struct Plan {
     pub copies: Vec<Arc<Mirror>>,
     /// Volumes that are the guest's memory.
     pub memory: Vec<MemoryVolume>,
+    /// For the agent: AppArmor policy that has the container's profile.
+    pub apparmor_policy: Vec<u8>,
     /// For the agent: OCI names of the namespaces that the pod's containers share.
     pub shared_namespaces: Vec<String>,
     /// Whose processes a pod's container shares, if it shares any: the pid on the host by which CRI
@@ -362,6 +364,7 @@ impl Plan {
             binds,
             copies,
             memory,
+            apparmor_policy: Vec::new(),
             shared_namespaces,
             pid_namespace_of,
         })

@@ -64,7 +64,7 @@ fn code(error: &Error) -> Code {
             | spec::Error::SharedVolume { .. }
             | spec::Error::ForeignNamespace { .. },
         ) => Code::UNIMPLEMENTED,
-        Error::Spec(_) => Code::INVALID_ARGUMENT,
+        Error::Spec(_) | Error::AppArmor(_) => Code::INVALID_ARGUMENT,
         Error::Resize(resize::Error::NoRoom { .. }) => Code::FAILED_PRECONDITION,
         Error::Resize(_) => Code::RESOURCE_EXHAUSTED,
         Error::VmGone { .. } => Code::UNAVAILABLE,
