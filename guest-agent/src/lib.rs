@@ -12,6 +12,8 @@ pub mod container;
 pub mod devices;
 pub mod error;
 pub mod events;
+#[cfg(feature = "faults")]
+pub mod faults;
 pub mod forward;
 pub mod guest;
 pub mod launch;

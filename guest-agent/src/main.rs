@@ -44,6 +44,8 @@ async fn run(mut stages: Vec<Stage>) -> anyhow::Result<()> {
             boot::tell_cost();
             boot::finish();
             tokio::spawn(forward::serve());
+            #[cfg(feature = "faults")]
+            tokio::spawn(sepal_agent::faults::obey());
             clock::follow_host().await;
         });
     };

@@ -201,6 +201,11 @@ impl Agent {
         })
     }
 
+    /// How long the guest may take to boot.
+    pub const fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Opens a stream for a process's standard input or output; answers with its token.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use crate::apparmor;
 use crate::container::{Container, Process, lock};
 use crate::disks;
 use crate::error::{Error, Result};
+use crate::faults;
 use crate::hooks;
 use crate::limits::{self, Limits};
 use crate::memory_volumes;
@@ -56,6 +57,7 @@ impl Pod {
         if self.is_removing() {
             return Err(Error::Removing);
         }
+        faults::at("create");
         let mut spec = spec::load(&asked.bundle)?;
         let role = self.role_of(&asked.id, &spec);
         let devices = disks::wanted(&spec);
@@ -142,17 +144,21 @@ impl Pod {
         let share = self.share.clone();
         let (id, root, binds) = (asked.id.clone(), plan.root.clone(), plan.binds.clone());
         let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();
+        faults::at("create: recorded");
         // The VM boots meanwhile.
         tokio::task::spawn_blocking(move || share.add(&id, &root, &mounts, &binds))
             .await
             .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         self.timeline.note("rootfs-mounted");
+        faults::at("create: mounted");
         let account = limits::account(&asked.id, &hook_state.annotations);
         self.admit(&account, demand).await?;
+        faults::at("create: admitted");
         // Streams are conversations with the guest, which has time for them while it is set up.
         let agent = self.agent().await?;
         let namespace = &self.identity.namespace;
         let (streams, stdio) = Streams::open(&asked.wanted, &agent, namespace, &asked.id).await?;
+        faults::at("create: streams");
         let hooks = (host_hooks, hook_state);
         let made = self.make_in_guest(asked, &plan, devices, first, hooks, stdio);
         let (up, hook_state, on_host) = match made.await {
@@ -163,6 +169,7 @@ impl Pod {
             }
         };
         self.timeline.note("container-created");
+        faults::at("create: made");
         let init = Process::new(&asked.id, "", asked.wanted.clone(), Vec::new());
         init.set_streams(streams);
         let container = Container::new(
@@ -195,6 +202,7 @@ impl Pod {
             ..Default::default()
         });
         tokio::spawn(self.clone().watch(up, container, init));
+        faults::at("create: told");
         Ok(pid)
     }
 
@@ -226,11 +234,13 @@ impl Pod {
                 .await
                 .map_err(|e| Error::io("mount in", &self.directory)(e.into()))??;
         }
+        faults::at("create: attached");
         let pid_namespace_of = match plan.pid_namespace_of {
             None => String::new(),
             Some(pid) => self.member_of_pid(&up, pid)?,
         };
         let on_host = self.stand_for(&up, &asked.id, first).await?;
+        faults::at("create: on the host");
         let disks = self.disks.acquire(&up.vm, &asked.id, devices).await?;
         let hook_state = hooks::State {
             pid: Some(on_host.pid()),

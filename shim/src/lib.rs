@@ -16,6 +16,7 @@ pub mod creation;
 pub mod disks;
 pub mod error;
 pub mod events;
+pub mod faults;
 pub mod features;
 pub mod forward;
 pub mod gc;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use containerd_shim::Flags;
 use sepal_protocol::paths::STATE_ROOT;
-use sepal_shim::{RUNTIME, gc, serve, start};
+use sepal_shim::{RUNTIME, faults, gc, serve, start};
 
 fn main() -> ExitCode {
     match run() {
@@ -22,6 +22,7 @@ fn run() -> anyhow::Result<()> {
     let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let flags: Flags = containerd_shim::parse(&arguments)?;
     let state_root = Path::new(STATE_ROOT);
+    faults::of(&flags.id);
     if flags.version {
         println!("{RUNTIME} {}", env!("CARGO_PKG_VERSION"));
         return Ok(());

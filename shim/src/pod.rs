@@ -18,7 +18,7 @@ use sepal_protocol::ports;
 use sepal_protocol::ready::AgentReady;
 use sepal_protocol::state::{PodState, ProcessRef};
 use tokio::net::UnixListener;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 
 use crate::agent::{self, Agent};
 use crate::cgroup::Cgroup;
@@ -27,6 +27,7 @@ use crate::container::{Container, Exit, KILLED, lock};
 use crate::disks::Disks;
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::faults;
 use crate::hooks;
 use crate::mirror::Mirrors;
 use crate::network;
@@ -164,10 +165,12 @@ impl Pod {
             cgroups: Vec::new(),
             containers: Vec::new(),
         };
+        faults::at("pod: directory");
         // Before anything exists that would have to be removed.
         record
             .save(&directory)
             .map_err(Error::io("write the state into", &directory))?;
+        faults::at("pod: recorded");
         let share = match Share::create(&directory) {
             Ok(share) => share,
             Err(e) => {
@@ -175,6 +178,7 @@ impl Pod {
                 return Err(e.into());
             }
         };
+        faults::at("pod: share");
         let extent = tokio::sync::Mutex::new(Extent::of(&spec));
         let pod = Arc::new(Self {
             extent,
@@ -234,7 +238,11 @@ impl Pod {
             let _loopback = up.open_loopback();
             let reason = tokio::select! {
                 reason = up.vm.ended() => reason,
-                never = up.tell_time() => match never {},
+                silent = up.keep_in_touch() => {
+                    // Nobody can stop what runs there any more but by this.
+                    up.vm.kill().await;
+                    format!("the guest's agent has not answered for {} s", silent.as_secs()).into()
+                }
                 never = up.mind_files() => match never {},
                 never = self.mirrors.follow(&up.agent) => match never {},
             };
@@ -274,17 +282,22 @@ impl Pod {
             netns,
             spec.users.is_some(),
         )?);
+        faults::at("pod: spawned");
         let _ = self.vm.set(vm.clone());
         self.timeline.note("vmm-spawned");
         self.record(|record| {
             record.vmm = ProcessRef::of(vm.vmm_pid);
             record.fs = ProcessRef::of(vm.fs_pid);
         });
+        faults::at("pod: processes recorded");
         let cgroup = spec.cgroup.clone();
         let _ = self.cgroup.set(cgroup.clone());
         set_oom_score(&[vm.vmm_pid, vm.fs_pid], spec.oom_score);
         let pids = [std::process::id(), vm.vmm_pid, vm.fs_pid];
-        let held = tokio::task::spawn_blocking(move || cgroup.hold(&pids));
+        let held = tokio::task::spawn_blocking(move || {
+            faults::at("pod: cgroup");
+            cgroup.hold(&pids)
+        });
         let booted = self.boot(vm, joined).await;
         // In any case before the cgroup might be removed again.
         held.await
@@ -307,6 +320,7 @@ impl Pod {
     async fn boot(&self, vm: Arc<Vm>, joined: Option<OwnedFd>) -> Result<Up> {
         let (config, spec) = (&self.config, &self.spec);
         let ready = self.listen_for_guest(ports::READY)?;
+        faults::at("boot");
         let state = hooks::State {
             pid: Some(vm.vmm_pid),
             ..spec.hook_state.clone()
@@ -319,9 +333,11 @@ impl Pod {
         let (nics, network) = up::scan_network(&netns).await?;
         let connected = tokio::sync::Mutex::new(!nics.is_empty());
         self.timeline.note("network");
+        faults::at("boot: network");
 
         let booted = vm.boot(config, &self.name, &spec.size, nics).await?;
         self.timeline.note("boot-answered");
+        faults::at("boot: answered");
         for (stage, us) in booted.stages {
             self.timeline.note_at(&format!("vmm:{stage}"), us);
         }
@@ -331,12 +347,15 @@ impl Pod {
             reason = vm.ended() => return Err(Error::VmGone { reason: reason.to_string() }),
         };
         self.timeline.note("agent-ready");
+        faults::at("boot: agent ready");
         self.note_guest(&announced);
         let agent = Agent::connect(&self.directory.join(pod::VSOCK), limit).await?;
         self.agent.send_replace(Some(agent.clone()));
+        faults::at("boot: agent connected");
         let request = set_up_request(&self.identity.id, spec, network);
         agent.set_up_pod(&request).await?;
         self.timeline.note("pod-set-up");
+        faults::at("boot: set up");
         if spec.bare {
             // There will be no container's files in the place of the host's.
             let root = self.directory.join(pod::VOID);
@@ -349,6 +368,7 @@ impl Pod {
             netns,
             connected,
             role: spec.role.clone(),
+            doubt: Notify::new(),
         })
     }
 
@@ -457,6 +477,7 @@ impl Pod {
             return;
         }
         self.removing.store(true, Ordering::Relaxed);
+        faults::at("remove");
         match limit {
             None => self.power_off().await,
             Some(limit) => {
@@ -468,6 +489,7 @@ impl Pod {
             }
         }
         self.timeline.note("vm-ended");
+        faults::at("remove: ended");
         lock(&self.containers).values().for_each(|c| c.leave_host());
         self.sweep().await;
         *removed = true;
@@ -483,8 +505,11 @@ impl Pod {
         let (directory, cgroup) = (self.directory.clone(), self.cgroup.get().cloned());
         let work = move || {
             Share::of(&directory).remove_all();
+            faults::at("sweep: share");
             cgroup.unwrap_or_default().remove();
+            faults::at("sweep: cgroup");
             cleanup::remove_directory(&directory);
+            faults::at("sweep: directory");
         };
         if let Err(e) = tokio::task::spawn_blocking(work).await {
             tracing::error!("clean-up has panicked: {e}");
@@ -522,6 +547,7 @@ impl Pod {
             // It answers when its processes have ended and all is written back: what its kernel
             // does after that to power off is of no use to anyone.
             let asked = up.agent.shutdown(&messages::Empty::default()).await;
+            faults::at("remove: powered off");
             if let Err(e) = &asked
                 // A guest that powers off may take its answer with it.
                 && up.vm.ended_within(POWER_OFF).await.is_none()

@@ -23,7 +23,7 @@ use crate::sandbox::SandboxService;
 use crate::seat::Seat;
 use crate::task::TaskService;
 use crate::timeline::Timeline;
-use crate::{log, spec, start, sys};
+use crate::{faults, log, spec, start, sys};
 
 /// containerd's socket for events.
 const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
@@ -54,6 +54,7 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
         },
     );
     timeline.note("serving");
+    faults::at("serve");
 
     let address = std::env::var(TTRPC_ADDRESS).context(TTRPC_ADDRESS)?;
     let events = Events::start(&flags.namespace, address);
@@ -96,13 +97,16 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
         .register_service(services)
         .register_service(sandbox)
         .add_listener(listener);
+    faults::at("serve: services");
     server.start().await.context("the services")?;
     tracing::debug!("serving");
     exit.notified().await;
+    faults::at("shut-down");
 
     if let Ok(pod) = seat.pod() {
         pod.remove().await;
     }
+    faults::at("shut-down: removed");
     events.drain(LAST_EVENTS).await;
     let _ = std::fs::remove_file(flags.socket.trim_start_matches("unix://"));
     // The answer to Shutdown is on its way; nothing else is.

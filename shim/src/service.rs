@@ -14,6 +14,7 @@ use sepal_protocol::agent::{self as messages, ExecProcessRequest, SignalProcessR
 
 use crate::container::{Container, Exit, KILLED, Phase, Process, lock};
 use crate::error::{Error, Result};
+use crate::faults;
 use crate::hooks;
 use crate::pod::Pod;
 use crate::stdio::{Streams, Wanted};
@@ -46,7 +47,10 @@ impl Pod {
                 // The connection has broken: most likely because the VM has.
                 Err(e) => match up.vm.ended_within(DEATH).await {
                     Some(reason) => Err(Error::VmGone { reason: reason.to_string() }),
-                    None => Err(e.into()),
+                    None => {
+                        up.doubt.notify_one();
+                        Err(e.into())
+                    }
                 },
             },
             reason = up.vm.ended() => Err(Error::VmGone { reason: reason.to_string() }),
@@ -81,9 +85,11 @@ impl Pod {
                 (KILLED, None)
             }
         };
+        faults::at("exit");
         if let Some(streams) = process.streams() {
             streams.finish(handed).await;
         }
+        faults::at("exit: streams");
         let _order = process.order.lock().await;
         let exit = Exit::now(status);
         if process.advance(Phase::Stopped(exit)) {
@@ -95,6 +101,7 @@ impl Pod {
                 exited_at: exit.timestamp(),
                 ..Default::default()
             });
+            faults::at("exit: told");
         }
     }
 
@@ -152,12 +159,15 @@ impl Pod {
                 state: process.phase().name(),
             });
         }
+        faults::at("run");
         let up = self.up().await?;
         let pid = container.pid;
         if exec.is_empty() {
             up.connect_network().await?;
+            faults::at("run: network");
             self.call(&up, up.agent.start_process(&process.id()))
                 .await?;
+            faults::at("run: started");
             process.advance(Phase::Running);
             let container_id = id.to_string();
             self.events.publish(TaskStart {
@@ -165,6 +175,7 @@ impl Pod {
                 pid,
                 ..Default::default()
             });
+            faults::at("run: told");
             drop(order);
             self.timeline.note("process-started");
             self.tell_timeline();
@@ -190,6 +201,7 @@ impl Pod {
             ..process.wanted.clone()
         };
         let (streams, stdio) = Streams::open(&wanted, &up.agent, namespace, id).await?;
+        faults::at("exec: streams");
         let request = ExecProcessRequest {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -200,9 +212,13 @@ impl Pod {
         // Before the process: CloseIO may come while it is being started.
         process.set_streams(streams);
         let started = match self.call(&up, up.agent.exec_process(&request)).await {
-            Ok(_) => self.call(&up, up.agent.start_process(&process.id())).await,
+            Ok(_) => {
+                faults::at("exec: made");
+                self.call(&up, up.agent.start_process(&process.id())).await
+            }
             Err(e) => Err(e),
         };
+        faults::at("exec: started");
         if let Err(e) = started {
             process.close_streams().await;
             // It never ran: deleting it must not wait for an end.
@@ -246,6 +262,7 @@ impl Pod {
             }
         }
         container.add_exec(Process::new(id, exec, wanted, spec))?;
+        faults::at("exec");
         self.events.publish(TaskExecAdded {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -275,6 +292,7 @@ impl Pod {
             Err(Error::VmGone { .. }) => return Err(Error::Finished),
             other => other?,
         };
+        faults::at("kill");
         let request = SignalProcessRequest {
             container_id: id.into(),
             exec_id: exec.into(),
@@ -282,7 +300,9 @@ impl Pod {
             all,
             ..Default::default()
         };
-        match self.call(&up, up.agent.signal_process(&request)).await {
+        let sent = self.call(&up, up.agent.signal_process(&request)).await;
+        faults::at("kill: sent");
+        match sent {
             Ok(_) => Ok(()),
             Err(Error::VmGone { .. }) => Err(Error::Finished),
             Err(Error::Agent(e)) if e.code() == Some(ttrpc::Code::NOT_FOUND) => {
@@ -301,6 +321,7 @@ impl Pod {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         let pid = container.pid;
+        faults::at("delete");
         if !exec.is_empty() {
             let exit = match process.phase() {
                 Phase::Stopped(exit) => exit,
@@ -333,6 +354,7 @@ impl Pod {
         };
         process.close_streams().await;
         container.leave_host();
+        faults::at("delete: left the host");
         let last = !self.spec.bare && lock(&self.containers).len() == 1;
         if last {
             // The guest goes as a whole: it need not take its container apart first.
@@ -344,8 +366,10 @@ impl Pod {
                 }
                 self.disks.release(&up.vm, id).await;
             }
+            faults::at("delete: in the guest");
             let (share, of) = (self.share.clone(), id.to_string());
             let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
+            faults::at("delete: share");
             self.record(|record| record.containers.retain(|c| c != id));
             let mut extent = self.extent.lock().await;
             extent.ledger.forget(id);
@@ -360,6 +384,7 @@ impl Pod {
             exited_at: exit.timestamp(),
             ..Default::default()
         });
+        faults::at("delete: told");
         Ok((pid, exit))
     }
 

@@ -19,7 +19,7 @@ use crate::annotations::Role;
 use crate::container::{Exit, KILLED};
 use crate::rootfs::Share;
 use crate::sys::{self, Netns, Spawn};
-use crate::{cleanup, features, hooks, spec};
+use crate::{cleanup, faults, features, hooks, spec};
 
 /// Most that is read of what containerd writes to the shim, in bytes.
 const MAX_INPUT: u64 = 10 << 20;
@@ -47,6 +47,7 @@ fn input() -> anyhow::Result<Vec<u8>> {
 /// # Errors
 /// The socket cannot be made, or the sandbox's shim is not there.
 pub fn start(flags: &Flags) -> anyhow::Result<()> {
+    faults::at("start");
     let input = input()?;
     // containerd 2.3 and later send a message that repeats the id; earlier ones other things.
     let modern = BootstrapParams::parse_from_bytes(&input)
@@ -108,6 +109,7 @@ pub fn start(flags: &Flags) -> anyhow::Result<()> {
 /// Listens first, so that containerd may connect before the server has come to accepting.
 fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> anyhow::Result<()> {
     let listener = listen(path)?;
+    faults::at("start: listening");
     let program = std::env::current_exe().context("the shim's own program")?;
     let mut command = Command::new(program);
     command.args([
@@ -137,6 +139,7 @@ fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> any
         log: None,
     };
     sys::spawn(command, &spawn).context("cannot start the shim's server")?;
+    faults::at("start: spawned");
     Ok(())
 }
 
@@ -163,6 +166,7 @@ fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 /// # Errors
 /// Only that the answer cannot be printed.
 pub async fn delete(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
+    faults::at("clean-up");
     let directory = state_root.join(PodState::pod_id(&flags.namespace, &flags.id));
     let bundle = match flags.bundle.as_str() {
         "" => std::env::current_dir().context("the bundle")?,
@@ -174,6 +178,7 @@ pub async fn delete(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
     } else {
         forget_member(flags, state_root).await;
     }
+    faults::at("clean-up: done");
     run_poststop(flags, &bundle).await;
     let exit = Exit::now(KILLED);
     let answer = DeleteResponse {

@@ -2,9 +2,10 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use sepal_protocol::agent as messages;
+use tokio::sync::Notify;
 
 use crate::agent::Agent;
 use crate::annotations::Role;
@@ -15,6 +16,9 @@ use crate::vm::Vm;
 
 /// How often the guest is told the time. Crystals differ by some 20 ppm: 1 ms in 50 s.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
+/// How long the agent may leave everything unanswered, unless it may take longer even to boot. A VM that
+/// is stopped for a minute lives on.
+const SILENCE: Duration = Duration::from_secs(90);
 
 /// What is there once the guest serves.
 pub struct Up {
@@ -28,6 +32,8 @@ pub struct Up {
     pub(crate) connected: tokio::sync::Mutex<bool>,
     /// Whether the pod is an orchestrator's.
     pub(crate) role: Role,
+    /// A call has not been answered: the agent may be no more.
+    pub(crate) doubt: Notify,
 }
 
 impl Up {
@@ -84,16 +90,30 @@ impl Up {
     }
 
     /// Tells the guest the time now and then: its clock and the host's are different crystals to it,
-    /// unless KVM offers a paravirtual one, and the VM may have been paused.
-    pub(crate) async fn tell_time(&self) -> std::convert::Infallible {
+    /// unless KVM offers a paravirtual one, and the VM may have been paused. Returns when the agent has
+    /// fallen silent, and tells for how long it was listened for.
+    pub(crate) async fn keep_in_touch(&self) -> Duration {
+        let longest = SILENCE.max(self.agent.patience());
         let mut rounds = tokio::time::interval(CLOCK_INTERVAL);
         rounds.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // The first is at once, and the pod has just been told.
         rounds.tick().await;
         loop {
-            rounds.tick().await;
-            if let Err(e) = self.agent.set_clock(&clock()).await {
+            tokio::select! {
+                _ = rounds.tick() => {}
+                () = self.doubt.notified() => {}
+            }
+            let asked = Instant::now();
+            while let Err(e) = self.agent.set_clock(&clock()).await {
                 tracing::debug!("the guest was not told the time: {e}");
+                if e.code().is_some() {
+                    break;
+                }
+                if asked.elapsed() >= longest {
+                    return longest;
+                }
+                // Where the connection has broken the answer is at once.
+                tokio::time::sleep(Duration::from_secs(1)).await;
             }
         }
     }

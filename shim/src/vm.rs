@@ -28,6 +28,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{Mutex, watch};
 
+use crate::faults;
 use crate::network::Nic;
 use crate::size::Size;
 use crate::sys::{self, Child, Netns, Spawn};
@@ -137,7 +138,9 @@ impl Vm {
         command.arg("--preload-deprivileged");
         command.arg(&config.kernel_deprivileged);
         let inherited = [theirs.as_fd()];
+        faults::at("vm");
         let vmm = start(command, &directory.join(VMM_LOG), &inherited, netns)?;
+        faults::at("vm: vmm");
         let mut command = Command::new(&config.fs);
         command.args([
             "--listen-fd",
