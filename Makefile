@@ -11,7 +11,7 @@ export SEPAL_CACHE ?= /var/cache/sepal
 KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
-.PHONY: build programs kernel image deps lint unit fuzz e2e-native e2e-node test test-kubernetes demo bench install node-image clean
+.PHONY: build programs kernel image deps lint unit fuzz e2e-native e2e-node test test-kubernetes demo bench soak faults install node-image clean
 
 ## build: programs, guest kernels and guest image
 build: programs kernel image
@@ -66,6 +66,14 @@ test-kubernetes: build
 ## bench: start-up, memory, file and network figures side by side with runc; writes JSON
 bench: build
 	tests/bench/run
+
+## soak: thousands of containers and an hour of CRI calls chosen by chance; shows what grows
+soak: build
+	tests/soak/run $(CYCLES) $(SECONDS_OF_CALLS)
+
+## faults: every process of a pod hurt at every point of the pod's life
+faults: build
+	tests/faults/run native
 
 clean:
 	cargo clean

@@ -1,0 +1,152 @@
+//! A guest that does its worst to each of its devices (`src/bin/hostile-guest.rs`): its VMM lives or ends
+//! in an orderly way, the host's memory does not grow, a neighbour's pod is served, and nothing is left.
+//!
+//! `SEPAL_HOSTILE_SECONDS` is how long each device is attacked (default: 5).
+
+use sepal_tests::{Bed, Client, Container, LoopDevice, PodProcess, seconds};
+
+/// What the memory of a VMM may become, in KiB: its guest's and, beside it, what it works with.
+const MOST: u64 = (256 + 64) << 10;
+
+fn attack(name: &str, device: u16, options: &[&str]) {
+    let bed = Bed::alone();
+    if bed.has_vm() {
+        attack_in(&bed, name, device, options);
+    }
+}
+
+fn attack_in(bed: &Bed, name: &str, device: u16, options: &[&str]) {
+    let duration: u64 =
+        std::env::var("SEPAL_HOSTILE_SECONDS").map_or(5, |text| text.parse().expect("seconds"));
+    let scratch = bed.scratch();
+    let program = scratch.file("hostile-guest");
+    let bytes = std::fs::read(env!("CARGO_BIN_EXE_hostile-guest")).expect("the program");
+    bed.write(&program, bytes);
+    bed.command(["chmod", "+x", &program]).run().success();
+    let neighbour = bed.ctr_start(&[], &bed.busybox(), &["sleep", "100000"]);
+
+    let mount = format!(
+        "type=bind,src={},dst=/attack,options=rbind:ro",
+        scratch.path()
+    );
+    let memory = (128_u64 << 20).to_string();
+    let always = ["--privileged", "--mount", &mount, "--memory-limit", &memory];
+    let more = ["--annotation", "io.sepal.max_memory=256"];
+    let options = [&always[..], &more, options].concat();
+    let container = bed.ctr_start(&options, &bed.busybox(), &["sleep", "100000"]);
+    let vmm = container.pid_of(bed, PodProcess::Vmm);
+    let (kind, time, seed) = (
+        device.to_string(),
+        duration.to_string(),
+        std::process::id().to_string(),
+    );
+    println!("{name}: seed {seed}");
+    // The guest may take itself down with this.
+    let attacker = ["/attack/hostile-guest", &kind, &time, &seed];
+    let limit = bed.scaled(seconds(duration + 30), seconds(duration / 20 + 60));
+    let said = container.exec_command(&[], attacker).patience(limit).run();
+    println!("{name}: {}", said.report());
+    assert!(
+        said.out().contains("/sys/bus/pci"),
+        "{name} was not attacked: {}",
+        said.report()
+    );
+
+    let answer = neighbour.sh("echo well");
+    assert_eq!(answer.success().out(), "well");
+    let status = bed
+        .sh(&format!("awk '/^VmHWM/ {{ print $2 }}' /proc/{vmm}/status"))
+        .run();
+    if let Ok(most) = status.out().parse::<u64>() {
+        println!("{name}: the VMM lives and has had {most} KiB at most");
+        assert!(most < MOST, "{name}: the VMM has had {most} KiB");
+    }
+    let log = bed.containerd("log").out();
+    let of_this: Vec<_> = log
+        .lines()
+        .filter(|line| line.contains(container.id()))
+        .collect();
+    for bad in [
+        "panicked",
+        "killed by",
+        "the VMM has failed",
+        "file server has ended",
+    ] {
+        let found = of_this.iter().find(|line| line.contains(bad));
+        assert!(found.is_none(), "{name}: {found:?}");
+    }
+    end(bed, container);
+    end(bed, neighbour);
+    drop(scratch);
+    bed.assert_nothing_left();
+}
+
+/// However it is by now.
+fn end(bed: &Bed, container: Container<'_>) {
+    let id = container.id().to_owned();
+    drop(container);
+    assert!(
+        bed.adopt(Client::Ctr, &id).status().is_none(),
+        "{id} is still there"
+    );
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_network_interface() {
+    attack("net", 1, &["--cni"]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_disk() {
+    let bed = Bed::alone();
+    if !bed.has_vm() {
+        return;
+    }
+    let scratch = bed.scratch();
+    let disk = LoopDevice::new(&bed, scratch.file("disk"), 8);
+    attack_in(&bed, "blk", 2, &["--device", disk.path()]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_console() {
+    attack("console", 3, &[]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_entropy_source() {
+    attack("rng", 4, &[]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_balloon() {
+    attack("balloon", 5, &[]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_sockets() {
+    attack("vsock", 19, &[]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_plugged_memory() {
+    attack("mem", 24, &[]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_file_server() {
+    attack("fs", 26, &[]);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn the_guests_image() {
+    attack("pmem", 27, &[]);
+}
