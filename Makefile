@@ -43,12 +43,13 @@ demo: build
 
 lint: deps
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --features sepal-vmm/breach -- -D warnings
+	cargo clippy --workspace --all-targets --features sepal-vmm/breach,sepal-fs/breach,sepal-shim/faults,sepal-agent/faults -- -D warnings
 	tests/tools/cargo-deny check bans licenses sources
 
 unit: deps
 	cargo test --workspace --exclude sepal-tests
 	cargo test -p sepal-vmm --features breach --test breach
+	cargo test -p sepal-fs --features breach --test breach
 
 ## fuzz: long runs of a fuzz target (make fuzz T=vsock FOR=3600), or of all, one after the other
 fuzz: deps

@@ -11,6 +11,8 @@
 //! share, and nothing else; no other file, no network, no other process.
 
 pub mod backend;
+#[cfg(feature = "breach")]
+pub mod breach;
 pub mod confine;
 pub mod files;
 pub mod filter;

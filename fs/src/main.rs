@@ -79,7 +79,13 @@ fn run(args: &Args) -> anyhow::Result<()> {
         args.users,
     )?;
     confine::drop_privileges()?;
+    #[cfg(feature = "breach")]
+    if sepal_fs::breach::without_filter() {
+        sepal_fs::breach::open_up();
+    }
     filter::install()?;
+    #[cfg(feature = "breach")]
+    sepal_fs::breach::open_up();
 
     let pressure = Pressure::new(event, descriptors);
     serve::serve(fs, pressure, listener, starter, args.threads.into())

@@ -3,7 +3,6 @@
 
 mod guest;
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Command;
 
@@ -303,12 +302,7 @@ fn it_ends_in_order_when_the_front_end_is_gone() {
 fn alone_in_a_pid_namespace_it_serves_and_ends_with_who_started_it() {
     let share = Share::new();
     let mut starter = Command::new("sleep").arg("1000").spawn().unwrap();
-    // SAFETY: no pointers; the descriptor is new, and ours.
-    let pidfd = unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, starter.id(), 0);
-        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd as RawFd)
-    };
+    let pidfd = pidfd(starter.id());
     let mut server = start_alone(&share.path(), &pidfd);
     Guest::mount(&server).disconnect();
     let (status, said) = server.end();
@@ -431,8 +425,8 @@ fn requests_without_room_for_an_answer_are_given_back_and_the_next_is_served() {
 }
 
 #[test]
-fn inodes_the_guest_remembers_cost_no_descriptors() {
-    const FILES: usize = 25_000;
+fn inodes_cost_a_descriptor_each_until_the_guest_forgets_them() {
+    const FILES: usize = 1000;
     let share = Share::new();
     let server = start(&share.path());
     let mut guest = Guest::mount(&server);
@@ -442,14 +436,21 @@ fn inodes_the_guest_remembers_cost_no_descriptors() {
     }
     let parent = guest.lookup(ROOT, "many").unwrap().node;
     let before = server.descriptors();
-    let mut last = 0;
+    let mut nodes = Vec::new();
     for number in 0..FILES {
-        last = guest.lookup(parent, &number.to_string()).unwrap().node;
+        nodes.push(guest.lookup(parent, &number.to_string()).unwrap().node);
     }
-    assert_eq!(server.descriptors(), before);
-    assert!(guest.open(last, libc::O_RDONLY).is_ok());
-    guest.tell(FORGET, last, &longs(&[1]));
+    assert_eq!(server.descriptors(), before + FILES);
+    let last = nodes[FILES - 1];
+    let handle = guest.open(last, libc::O_RDONLY).unwrap();
+    guest
+        .call(RELEASE, last, &longs(&[handle, 0, 0]), 0)
+        .unwrap();
+    for node in nodes {
+        guest.tell(FORGET, node, &longs(&[1]));
+    }
     assert_eq!(guest.getattr(last).err(), Some(libc::EBADF));
+    assert_eq!(server.descriptors(), before);
 }
 
 #[test]

@@ -1,34 +1,13 @@
 //! A hole, on purpose: an attacker's system calls in a thread that has confined itself, as if the guest
 //! had taken it over. In no program but the one that `tests/breach.rs` is built with (feature `breach`).
 //!
-//! `SEPAL_BREACH=THREAD:ATTEMPT` chooses, `SEPAL_BREACH_PID` and `SEPAL_BREACH_SOCKET` name a process and
-//! a Unix socket of somebody else's. The process says how it went and ends.
-
-use std::ffi::{CStr, CString};
-use std::io;
+//! `SEPAL_BREACH=THREAD:ATTEMPT` chooses.
 
 use libc::c_long;
+use sepal_breach::{Attempt, HOST, any_descriptor, both, filter, go, open, wanted};
 
 use crate::seccomp::Thread;
 use crate::virtio::device::DeviceType;
-
-/// Exit status of a process that has tried.
-pub const TRIED: i32 = 99;
-
-/// What an attacker tries.
-pub struct Attempt {
-    /// Its name.
-    pub name: &'static str,
-    /// Whether it must fail without the filter of system calls as well: by what else stands there.
-    pub second_wall: bool,
-    run: fn(&Victim) -> io::Result<i64>,
-}
-
-/// Who is attacked.
-struct Victim {
-    pid: c_long,
-    socket: CString,
-}
 
 /// Threads that read what a guest has written, by their names.
 pub const THREADS: [(&str, Thread); 5] = [
@@ -39,167 +18,10 @@ pub const THREADS: [(&str, Thread); 5] = [
     ("balloon", Thread::Device(DeviceType::Balloon)),
 ];
 
-const fn both(name: &'static str, run: fn(&Victim) -> io::Result<i64>) -> Attempt {
-    Attempt {
-        name,
-        second_wall: true,
-        run,
-    }
-}
-
-const fn filter(name: &'static str, run: fn(&Victim) -> io::Result<i64>) -> Attempt {
-    Attempt {
-        name,
-        second_wall: false,
-        run,
-    }
-}
-
-/// Everything that is tried.
-pub const ATTEMPTS: &[Attempt] = &[
-    both("open-host-file", |_| open(c"/etc/passwd", libc::O_RDONLY)),
-    both("open-device", |_| open(c"/dev/kvm", libc::O_RDWR)),
-    both("open-process-memory", |_| {
-        open(c"/proc/1/mem", libc::O_RDWR)
-    }),
-    both("open-above-root", |_| {
-        open(c"../../../../etc/passwd", libc::O_RDONLY)
-    }),
+/// What is tried beside what every program is tried with.
+const OF_A_VMM: &[Attempt] = &[
     both("list-root", |_| {
         open(c"/", libc::O_RDONLY | libc::O_DIRECTORY)
-    }),
-    both("make-file", |_| {
-        open(c"/breach", libc::O_WRONLY | libc::O_CREAT)
-    }),
-    both("make-device", |_| {
-        let kvm = libc::makedev(10, 232) as c_long;
-        let mode = (libc::S_IFCHR | 0o600) as c_long;
-        let path = c"/breach".as_ptr() as c_long;
-        call(libc::SYS_mknodat, [at(), path, mode, kvm, 0, 0])
-    }),
-    both("open-by-handle", |_| {
-        let handle = [8_u32, 1, 0, 0];
-        let handle = handle.as_ptr() as c_long;
-        call(libc::SYS_open_by_handle_at, [at(), handle, 0, 0, 0, 0])
-    }),
-    both("link-out-of-root", |_| {
-        let (to, from) = (c"/etc/passwd".as_ptr(), c"/breach".as_ptr());
-        let (to, from) = (to as c_long, from as c_long);
-        call(libc::SYS_symlinkat, [to, at(), from, 0, 0, 0])
-    }),
-    both("mount", |_| {
-        let (kind, root) = (c"proc".as_ptr() as c_long, c"/".as_ptr() as c_long);
-        call(libc::SYS_mount, [kind, root, kind, 0, 0, 0])
-    }),
-    both("unmount", |_| {
-        let root = c"/".as_ptr() as c_long;
-        call(libc::SYS_umount2, [root, 0, 0, 0, 0, 0])
-    }),
-    both("change-root", |_| {
-        let root = c"/".as_ptr() as c_long;
-        call(libc::SYS_chroot, [root, 0, 0, 0, 0, 0])
-    }),
-    both("enter-namespace", |victim| {
-        // By a pidfd of the victim's: all of its namespaces.
-        let pidfd = call(libc::SYS_pidfd_open, [victim.pid, 0, 0, 0, 0, 0])?;
-        let mounts = c_long::from(libc::CLONE_NEWNS);
-        call(libc::SYS_setns, [pidfd, mounts, 0, 0, 0, 0])
-    }),
-    both("signal", |victim| {
-        let kill = c_long::from(libc::SIGKILL);
-        call(libc::SYS_kill, [victim.pid, kill, 0, 0, 0, 0])
-    }),
-    both("trace", |victim| {
-        let attach = c_long::from(libc::PTRACE_ATTACH);
-        call(libc::SYS_ptrace, [attach, victim.pid, 0, 0, 0, 0])
-    }),
-    both("read-memory", |victim| {
-        let mut byte = 0_u8;
-        let local = libc::iovec {
-            iov_base: (&raw mut byte).cast(),
-            iov_len: 1,
-        };
-        let vector = (&raw const local) as c_long;
-        let arguments = [victim.pid, vector, 1, vector, 1, 0];
-        call(libc::SYS_process_vm_readv, arguments)
-    }),
-    both("others-socket", |victim| connect(victim.socket.as_bytes())),
-    both("others-abstract-socket", |_| connect(b"\0sepal-breach")),
-    both("raw-socket", |_| {
-        socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)
-    }),
-    both("packet-socket", |_| {
-        socket(libc::AF_PACKET, libc::SOCK_RAW, 0)
-    }),
-    filter("inet-socket", |_| {
-        socket(libc::AF_INET, libc::SOCK_STREAM, 0)
-    }),
-    filter("netlink-socket", |_| {
-        socket(libc::AF_NETLINK, libc::SOCK_RAW, 0)
-    }),
-    filter("fork", |_| {
-        let child = c_long::from(libc::SIGCHLD);
-        call(libc::SYS_clone, [child, 0, 0, 0, 0, 0])
-    }),
-    both("execute", |_| {
-        let shell = c"/bin/sh".as_ptr() as c_long;
-        call(libc::SYS_execve, [shell, 0, 0, 0, 0, 0])
-    }),
-    both("become-root", |_| call(libc::SYS_setuid, [0; 6])),
-    both("gain-capabilities", |_| {
-        // capset(2), version 3: all of both words, permitted and effective.
-        let header = [0x2008_0522_u32, 0];
-        let sets = [u32::MAX, u32::MAX, 0, u32::MAX, u32::MAX, 0];
-        let (header, sets) = (header.as_ptr() as c_long, sets.as_ptr() as c_long);
-        call(libc::SYS_capset, [header, sets, 0, 0, 0, 0])
-    }),
-    both("load-module", |_| {
-        let nothing = c"".as_ptr() as c_long;
-        call(libc::SYS_init_module, [nothing, 0, nothing, 0, 0, 0])
-    }),
-    both("load-kernel", |_| call(libc::SYS_kexec_load, [0; 6])),
-    both("reboot", |_| {
-        let restart = 0x0123_4567;
-        let magic = [0xfee1_dead, 672_274_793, restart, 0, 0, 0];
-        call(libc::SYS_reboot, magic)
-    }),
-    both("load-bpf", |_| {
-        // BPF_PROG_LOAD of a socket filter without instructions.
-        let attributes = [0_u64; 16];
-        let attributes = attributes.as_ptr() as c_long;
-        call(libc::SYS_bpf, [5, attributes, 128, 0, 0, 0])
-    }),
-    both("io-ports", |_| call(libc::SYS_iopl, [3, 0, 0, 0, 0, 0])),
-    both("set-clock", |_| {
-        let time = [0_i64; 2];
-        let time = time.as_ptr() as c_long;
-        let realtime = c_long::from(libc::CLOCK_REALTIME);
-        call(libc::SYS_clock_settime, [realtime, time, 0, 0, 0, 0])
-    }),
-    both("swap", |_| {
-        let path = c"/breach".as_ptr() as c_long;
-        call(libc::SYS_swapon, [path, 0, 0, 0, 0, 0])
-    }),
-    both("host-name", |_| {
-        let name = c"breach".as_ptr() as c_long;
-        call(libc::SYS_sethostname, [name, 6, 0, 0, 0, 0])
-    }),
-    filter("user-namespace", |_| {
-        let users = c_long::from(libc::CLONE_NEWUSER);
-        call(libc::SYS_unshare, [users, 0, 0, 0, 0, 0])
-    }),
-    filter("io-uring", |_| {
-        let parameters = [0_u64; 16];
-        let parameters = parameters.as_ptr() as c_long;
-        call(libc::SYS_io_uring_setup, [1, parameters, 0, 0, 0, 0])
-    }),
-    filter("keyring", |_| {
-        // KEYCTL_JOIN_SESSION_KEYRING.
-        call(libc::SYS_keyctl, [1, 0, 0, 0, 0, 0])
-    }),
-    filter("be-dumpable", |_| {
-        let dumpable = c_long::from(libc::PR_SET_DUMPABLE);
-        call(libc::SYS_prctl, [dumpable, 1, 0, 0, 0, 0])
     }),
     filter("new-machine", |_| {
         // KVM_CREATE_VM.
@@ -211,6 +33,9 @@ pub const ATTEMPTS: &[Attempt] = &[
         any_descriptor(0x4004_54ca, request.as_ptr() as c_long)
     }),
 ];
+
+/// Everything that is tried.
+pub const ATTEMPTS: [&[Attempt]; 2] = [HOST, OF_A_VMM];
 
 /// Starts workers of devices, as their drivers would have done, and taken over at once.
 pub fn start_workers() {
@@ -225,82 +50,13 @@ pub fn start_workers() {
 
 /// Tries what the environment says, if it is for this thread; does not return then.
 pub fn open_up(thread: Thread) {
-    let Ok(wanted) = std::env::var("SEPAL_BREACH") else {
+    let Some(wanted) = wanted() else {
         return;
     };
     let Some((who, what)) = wanted.split_once(':') else {
         return;
     };
-    if !THREADS.contains(&(who, thread)) {
-        return;
+    if THREADS.contains(&(who, thread)) {
+        go(&ATTEMPTS, what)
     }
-    let victim = Victim {
-        pid: number("SEPAL_BREACH_PID"),
-        socket: CString::new(std::env::var("SEPAL_BREACH_SOCKET").unwrap_or_default())
-            .unwrap_or_default(),
-    };
-    let outcome = match ATTEMPTS.iter().find(|attempt| attempt.name == what) {
-        Some(attempt) => match (attempt.run)(&victim) {
-            Ok(value) => format!("done ({value})"),
-            Err(error) => format!("refused: {error}"),
-        },
-        None => "unknown".into(),
-    };
-    eprintln!("breach {what}: {outcome}");
-    // SAFETY: ends this process and nothing else.
-    unsafe { libc::_exit(TRIED) }
-}
-
-fn number(variable: &str) -> c_long {
-    let text = std::env::var(variable).unwrap_or_default();
-    text.parse().unwrap_or(1)
-}
-
-const fn at() -> c_long {
-    libc::AT_FDCWD as c_long
-}
-
-fn call(number: c_long, a: [c_long; 6]) -> io::Result<i64> {
-    // SAFETY: none is possible: this stands for code that means harm. Pointers among the arguments are to
-    // memory that outlives the call.
-    let value = unsafe { libc::syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]) };
-    if value < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(value)
-    }
-}
-
-fn open(path: &CStr, flags: libc::c_int) -> io::Result<i64> {
-    let arguments = [at(), path.as_ptr() as c_long, flags.into(), 0o600, 0, 0];
-    call(libc::SYS_openat, arguments)
-}
-
-fn socket(family: libc::c_int, kind: libc::c_int, protocol: libc::c_int) -> io::Result<i64> {
-    let arguments = [family.into(), kind.into(), protocol.into(), 0, 0, 0];
-    call(libc::SYS_socket, arguments)
-}
-
-/// To a Unix socket.
-fn connect(path: &[u8]) -> io::Result<i64> {
-    let socket = socket(libc::AF_UNIX, libc::SOCK_STREAM, 0)?;
-    let mut address = [0_u8; 110];
-    address[0] = libc::AF_UNIX as u8;
-    let end = 2 + path.len().min(100);
-    address[2..end].copy_from_slice(&path[..end - 2]);
-    let pointer = address.as_ptr() as c_long;
-    call(libc::SYS_connect, [socket, pointer, end as c_long, 0, 0, 0])
-}
-
-/// Asks every descriptor that there may be; the last refusal counts.
-fn any_descriptor(request: c_long, argument: c_long) -> io::Result<i64> {
-    let ask = |fd| call(libc::SYS_ioctl, [fd, request, argument, 0, 0, 0]);
-    let mut last = Err(io::ErrorKind::NotFound.into());
-    for fd in 3..256 {
-        last = ask(fd);
-        if last.is_ok() {
-            break;
-        }
-    }
-    last
 }

@@ -4,7 +4,7 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
@@ -125,6 +125,16 @@ impl Drop for Share {
     }
 }
 
+/// A descriptor of a process.
+pub fn pidfd(process: u32) -> OwnedFd {
+    // SAFETY: no pointers; the descriptor is new, and ours.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, process, 0);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd as RawFd)
+    }
+}
+
 /// A running `sepal-fs` that nobody has connected to.
 pub struct Server {
     pub child: Child,
@@ -133,15 +143,20 @@ pub struct Server {
 }
 
 pub fn start(share: &Path) -> Server {
-    spawn(share, None)
+    spawn(share, None, |_| ())
 }
 
 /// As the first process of a PID namespace, with a pidfd of its starter's as descriptor 4.
 pub fn start_alone(share: &Path, starter: &OwnedFd) -> Server {
-    spawn(share, Some(starter))
+    spawn(share, Some(starter), |_| ())
 }
 
-fn spawn(share: &Path, starter: Option<&OwnedFd>) -> Server {
+/// As [`start_alone`], told what an attacker in it shall try.
+pub fn attacked(share: &Path, starter: &OwnedFd, tell: impl FnOnce(&mut Command)) -> Server {
+    spawn(share, Some(starter), tell)
+}
+
+fn spawn(share: &Path, starter: Option<&OwnedFd>, tell: impl FnOnce(&mut Command)) -> Server {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("fs.sock");
     let listener = UnixListener::bind(&socket).unwrap();
@@ -165,6 +180,7 @@ fn spawn(share: &Path, starter: Option<&OwnedFd>) -> Server {
         .args(["--listen-fd", "3", "--log-level", "info", "--share"])
         .arg(share);
     command.stdin(Stdio::null()).stderr(Stdio::piped());
+    tell(&mut command);
     // Out of each other's way.
     let high = |fd: BorrowedFd<'_>| fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(10)).unwrap();
     let mut passed = vec![(high(listener.as_fd()), 3)];
