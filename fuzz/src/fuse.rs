@@ -11,12 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use fs_backend::{VhostUserBackend, VringMutex, VringT};
 use fs_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
-use nix::fcntl::{OFlag, openat};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::stat::Mode;
 use sepal_fs::backend::{Backend, Memory};
-use sepal_fs::confine::Proc;
 use sepal_fs::pressure::Pressure;
 use sepal_fs::share::file_system;
 use sepal_fs::volumes::Volumes;
@@ -59,38 +56,32 @@ pub fn fuse(data: &[u8]) {
     }
 }
 
-/// What the server needs of /proc, and then a root directory in which there is nothing else.
-fn enter() -> io::Result<Proc> {
+/// What the server needs of /proc, its descriptors, and then a root directory in which there is nothing else.
+fn enter() -> io::Result<File> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     let none = None::<&str>;
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     mount(none, "/", none, private, none)?;
     let descriptors = File::open("/proc/self/fd")?;
-    let thread = File::open("/proc/thread-self")?;
     let flags = MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     let size = Some("size=16m,nr_inodes=4096,mode=0755");
     mount(Some("fuzz"), "/tmp", Some("tmpfs"), flags, size)?;
     std::env::set_current_dir("/tmp")?;
     nix::unistd::chroot(".")?;
     std::env::set_current_dir("/")?;
-    // Opened in here: mounts are told by their place below the reader's root.
-    let mounts = openat(&thread, "mountinfo", OFlag::O_CLOEXEC, Mode::empty())?;
     std::fs::create_dir_all("c/mounts/0")?;
     std::fs::write("c/mounts/0/file", [7; 5000])?;
     std::fs::create_dir("c/rootfs")?;
     std::fs::write("c/rootfs/file", "some text")?;
     std::os::unix::fs::symlink("../../../etc/passwd", "c/rootfs/link")?;
-    Ok(Proc {
-        descriptors,
-        mounts: mounts.into(),
-    })
+    Ok(descriptors)
 }
 
 fn run(input: Input) -> io::Result<()> {
-    let proc = enter()?;
+    let descriptors = enter()?;
     assert!(!Path::new("/proc").exists(), "this is the host's root");
     let volumes = Volumes::new(c"mounts".into());
-    let files = file_system(proc, LIMIT, 0, volumes, false).expect("a tmpfs can be served");
+    let files = file_system(descriptors, LIMIT, 0, volumes, false).expect("a tmpfs can be served");
     let backend = Backend::new(files, Pressure::new(None, LIMIT), 0);
     let memory = Memory::from_ranges(&[(GuestAddress(0), RAM)]).expect("memory is left");
     let memory = GuestMemoryAtomic::new(memory);

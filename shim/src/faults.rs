@@ -21,10 +21,12 @@ mod points {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     static PASSED: Mutex<Option<HashMap<&'static str, u32>>> = Mutex::new(None);
 
+    /// This process is containerd's of this container.
     pub fn of(id: &str) {
         let _ = DIRECTORY.set(Path::new(super::ROOT).join(id));
     }
 
+    /// The pod's life has come to this point.
     pub fn at(point: &'static str) {
         let Some(directory) = DIRECTORY.get().filter(|directory| directory.exists()) else {
             return;

@@ -44,20 +44,22 @@ class Pods:
         self.bed("sh", "-c", f"cat >{path}", given=json.dumps(content))
         return path
 
-    def pod(self, image, *command):
-        """The paths of the descriptions of a new pod and its container."""
+    def pod(self, image, *command, limits=None, mounts=()):
+        """The paths of the descriptions of a new pod and its container. `limits` are CRI's
+        LinuxContainerResources, `mounts` its Mount."""
         name = f"pod-{next(SERIAL)}"
+        resources = limits or {}
         pod = {"metadata": {"name": name, "uid": name, "namespace": "bench", "attempt": 0},
-               "log_directory": FOLDER, "linux": {}}
+               "log_directory": FOLDER, "linux": {"resources": resources}}
         container = {"metadata": {"name": "main"}, "image": {"image": image}, "command": list(command),
-                     "log_path": f"{name}.log", "linux": {}}
+                     "log_path": f"{name}.log", "linux": {"resources": resources}, "mounts": list(mounts)}
         return self.describe(name, pod), self.describe(f"{name}-main", container)
 
-    def start(self, kind, image, *command):
+    def start(self, kind, image, *command, **more):
         """A new pod: its name and its container's, seconds until it was ready and, from then, until
         the container ran."""
         pod, container, ready, running = self.bed(
-            "sh", "-ec", START, "start", kind, *self.pod(image, *command)).split()
+            "sh", "-ec", START, "start", kind, *self.pod(image, *command, **more)).split()
         return pod, container, int(ready) / 1e9, int(running) / 1e9
 
     def remove(self, *pods):
@@ -83,13 +85,21 @@ class Pods:
         down = self.bed.timed(f"set -- {' '.join(names)}; {REMOVE}")
         return up, size, down
 
+    def address(self, pod):
+        """A pod's."""
+        words = f"{CRICTL} inspectp -o go-template --template '{{{{.status.network.ip}}}}' {pod}"
+        return self.bed("sh", "-c", words).strip()
+
+    def until_said(self, container, word):
+        """Waits until it is in a container's log."""
+        self.bed("sh", "-c", f"until {CRICTL} logs {container} | grep -q {word}; do sleep 0.2; done")
+
     def talk(self, kind):
         """Gbit/s and microseconds to and fro of a host and a pod, then of two pods."""
         server, sink, _, _ = self.start(kind, PYTHON, "python3", "-u", "-c", SERVER)
         client, source, _, _ = self.start(kind, PYTHON, "sleep", "600")
-        address = self.bed("sh", "-c", f"{CRICTL} inspectp -o go-template "
-                           f"--template '{{{{.status.network.ip}}}}' {server}").strip()
-        self.bed("sh", "-c", f"until {CRICTL} logs {sink} | grep -q listening; do sleep 0.2; done")
+        address = self.address(server)
+        self.until_said(sink, "listening")
 
         def in_pod(program, *arguments):
             return self.bed("sh", "-c", f"exec {CRICTL} exec {source} python3 -c \"$@\"", "sh", program, *arguments)
@@ -104,9 +114,8 @@ class Pods:
         return figures
 
 
-def measure(bed, figures, runs):
+def measure(bed, figures, runs, pods):
     """Adds the figures."""
-    pods = Pods(bed)
     times = rounds(pods.one, runs, warm=1)
     for column, name in enumerate(("RunPodSandbox to ready, ms", "CreateContainer to running, ms")):
         figures.medians(name, [{kind: one[kind][column] for kind in RUNTIMES} for one in times])

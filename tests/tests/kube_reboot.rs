@@ -88,6 +88,9 @@ fn pods_come_back_after(verb: &str) {
     // On the node's disk when the pod says so.
     keeper.sh("echo precious | dd of=/kept/file conv=fsync");
     let boot = bare.logs(&[]);
+    // containerd does not see to it that the images it has unpacked are on the disk
+    // (`image_pull_with_sync_fs`): without power half a minute later their files are empty, on any runtime.
+    cluster.bed().command(["sync"]).run().success();
 
     cluster.restart_node(verb);
     for pod in [&bare, &keeper] {

@@ -1,0 +1,59 @@
+"""What a pod that uses all it can of one thing does to its neighbour's answers."""
+
+from bed import BUSYBOX, PYTHON, RUNTIMES
+
+# Each is limited as pods of strangers are: one CPU, 256 MiB.
+LIMITS = {"cpu_period": 100000, "cpu_quota": 100000, "memory_limit_in_bytes": 256 << 20}
+# Sends each byte back at once.
+ECHO = """
+import socket
+s = socket.socket(); s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+s.bind(("0.0.0.0", 5001)); s.listen(8); print("listening", flush=True)
+while True:
+    c, _ = s.accept(); c.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while data := c.recv(1 << 12): c.sendall(data)
+"""
+# The 99th of a hundred answers to a byte, in microseconds: 400 a second, for ten seconds.
+ASK = """
+import socket, sys, time
+s = socket.create_connection((sys.argv[1], 5001)); s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+times = []
+for _ in range(4000):
+    begun = time.perf_counter(); s.sendall(b"x"); s.recv(1); times.append(time.perf_counter() - begun)
+    time.sleep(0.0025)
+times.sort(); print(times[len(times) * 99 // 100] * 1e6)
+"""
+ABUSES = {
+    "nothing": "sleep 100000",
+    "CPU": "for n in 1 2 3 4; do while :; do :; done & done; wait",
+    "memory": "while :; do tail -c 400m /dev/zero >/dev/null; done",
+    "processes": "bomb() { bomb | bomb & }; bomb; sleep 100000",
+    "disk": "while :; do dd if=/dev/zero of=/volume/fill bs=1M count=256 2>/dev/null; rm /volume/fill; done",
+    "files": "n=0; while :; do n=$((n+1)); mkdir /volume/$n; for f in 0 1 2 3 4 5 6 7 8 9; do : >/volume/$n/$f; done; done",
+    "log": "while :; do cat /etc/services /proc/cpuinfo; done",
+}
+# How long an abuse goes on before its neighbour is asked, in seconds.
+WARM = "3"
+
+
+def measure(bed, figures, pods):
+    """Adds the figures: microseconds within which 99 of 100 answers of a neighbour come."""
+    bed("mkdir", "-p", "/tmp/sepal-bench/volume")
+    mounts = [{"container_path": "/volume", "host_path": "/tmp/sepal-bench/volume"}]
+    rows = {}
+    for kind in RUNTIMES:
+        neighbour, sink, _, _ = pods.start(kind, PYTHON, "python3", "-u", "-c", ECHO, limits=LIMITS)
+        address = pods.address(neighbour)
+        pods.until_said(sink, "listening")
+        for name, line in ABUSES.items():
+            abuser, _, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=LIMITS, mounts=mounts)
+            bed("sleep", WARM)
+            rows.setdefault(name, {})[kind] = float(bed.on_host(ASK, address))
+            pods.remove(abuser)
+            bed("sh", "-c", "rm -rf /tmp/sepal-bench/volume/*")
+        pods.remove(neighbour)
+    for name, row in rows.items():
+        figures[f"p99 beside a pod that uses up {name}, us"] = row
+    for name, row in rows.items():
+        if name != "nothing":
+            figures[f"... by what {name} makes it longer"] = {kind: us / rows["nothing"][kind] for kind, us in row.items()}
