@@ -103,7 +103,10 @@ fn pods_come_back_after(verb: &str) {
     assert_eq!(once.get(RESTARTS), "0");
     assert_eq!(keeper.sh("cat /kept/file"), "precious");
     assert_ne!(bare.logs(&[]), boot);
-    assert_eq!(bare.logs(&["--previous"]), boot);
+    if verb == "reboot" {
+        // After a loss of power the kubelet is free to remove the former container at once.
+        assert_eq!(bare.logs(&["--previous"]), boot);
+    }
 
     // Addresses of the former life are free again: each is a file beside two of the network's own.
     let node = cluster.bed();
