@@ -30,6 +30,13 @@ const WIRES: &[u64] = &[
     request_code_write!(KVM, 0x6a, size_of::<kvm_irq_routing>()),
 ];
 
+/// Memory of the guest's. A vCPU takes configuration space back from the guest's memory when the guest
+/// turns to what has to be computed ([`crate::pci::mirror`]); it can give nothing but this process's own.
+const MEMORY: &[u64] = &[
+    // KVM_SET_USER_MEMORY_REGION
+    request_code_write!(KVM, 0x46, size_of::<kvm_userspace_memory_region>()),
+];
+
 /// Running a vCPU, and telling how it has crashed.
 const RUN: &[u64] = &[
     // KVM_RUN
@@ -40,7 +47,7 @@ const RUN: &[u64] = &[
     request_code_read!(KVM, 0x83, size_of::<kvm_sregs>()),
 ];
 
-/// Making vCPUs, and adding memory.
+/// Making vCPUs.
 const GROW: &[u64] = &[
     // KVM_CREATE_VCPU
     request_code_none!(KVM, 0x41),
@@ -59,8 +66,6 @@ const GROW: &[u64] = &[
     request_code_write!(KVM, 0x8f, size_of::<kvm_lapic_state>()),
     // KVM_SET_CPUID2
     request_code_write!(KVM, 0x90, size_of::<kvm_cpuid2>()),
-    // KVM_SET_USER_MEMORY_REGION
-    request_code_write!(KVM, 0x46, size_of::<kvm_userspace_memory_region>()),
 ];
 
 /// A tap, and the kernel's worker that serves it. None that names a tap or hands it to another.
@@ -86,11 +91,11 @@ const NET: &[u64] = &[
 ];
 
 /// Of a vCPU.
-pub const VCPU: &[&[u64]] = &[RUN, WIRES];
+pub const VCPU: &[&[u64]] = &[RUN, WIRES, MEMORY];
 /// Of the control thread, which plugs devices, memory and vCPUs.
-pub const CONTROL: &[&[u64]] = &[GROW, WIRES, NET, SOCKET];
+pub const CONTROL: &[&[u64]] = &[GROW, WIRES, MEMORY, NET, SOCKET];
 /// Of the thread that starts and stops devices, and vCPUs that come later: they have its filter, too.
-pub const LAUNCHER: &[&[u64]] = &[RUN, WIRES, NET, SOCKET];
+pub const LAUNCHER: &[&[u64]] = &[RUN, WIRES, MEMORY, NET, SOCKET];
 /// Of a network device's worker.
 pub const NETWORK: &[&[u64]] = &[NET];
 /// Of every other worker.
@@ -100,6 +105,14 @@ pub const WORKER: &[&[u64]] = &[SOCKET];
 mod tests {
     use super::*;
 
+    /// The hostile guest found that its VMM was ended for it.
+    #[test]
+    fn a_guest_that_turns_to_the_configuration_access_capability_may_have_its_memory_changed() {
+        for list in [VCPU, LAUNCHER] {
+            assert!(list.concat().contains(&0x4020_ae46));
+        }
+    }
+
     /// By linux/kvm.h, vhost.h and if_tun.h on x86-64.
     #[test]
     fn requests_are_the_kernels() {
@@ -108,7 +121,7 @@ mod tests {
             (0x4020_ae76, WIRES),
             (0x4040_ae79, WIRES),
             (0x4008_ae6a, WIRES),
-            (0x4020_ae46, GROW),
+            (0x4020_ae46, MEMORY),
             (0x4008_ae90, GROW),
             (0x4004_54d0, NET),
             (0x4008_af03, NET),

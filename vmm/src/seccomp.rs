@@ -295,16 +295,24 @@ pub fn install_handler() -> io::Result<()> {
 extern "C" fn on_forbidden(
     _signal: libc::c_int,
     info: *mut libc::siginfo_t,
-    _context: *mut libc::c_void,
+    context: *mut libc::c_void,
 ) {
     // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; for SIGSYS, si_syscall lies 8
     // bytes into its union, which begins 16 bytes into the structure (sigaction(2)).
     let call = unsafe { info.cast::<i32>().add(6).read() };
-    let mut text = *b"sepal-vmm: system call 0000 is not allowed in this thread\n";
+    // SAFETY: with SA_SIGINFO the kernel passes the interrupted thread's ucontext.
+    let second = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+    let mut second = second[libc::REG_RSI as usize] as u32;
+    let mut text =
+        *b"sepal-vmm: system call 0000 with 0x00000000 second is not allowed in this thread\n";
     let mut rest = call.unsigned_abs();
     for digit in text[23..27].iter_mut().rev() {
         *digit = b'0' + (rest % 10) as u8;
         rest /= 10;
+    }
+    for digit in text[35..43].iter_mut().rev() {
+        *digit = b"0123456789abcdef"[(second & 15) as usize];
+        second >>= 4;
     }
     // SAFETY: write(2) and _exit(2) are async-signal-safe; the buffer is on this stack.
     unsafe {

@@ -6,8 +6,9 @@
 //!
 //! DEVICE is a virtio device by its number (virtio 1.2, section 5). The program takes the device from its
 //! driver and goes on as a driver that is broken or malicious: queues anywhere, rings and descriptors full
-//! of garbage, requests that are nearly right, registers and PCI configuration written at random. It needs
-//! the guest's root, which a privileged container has, and prints what it did.
+//! of garbage, requests that are nearly right, registers and PCI configuration written at random. What a
+//! device writes by its order goes to pages of its own or to where there is no memory, so that the guest
+//! lives to go on. It needs the guest's root, which a privileged container has, and prints what it did.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -19,8 +20,10 @@ use std::time::{Duration, Instant};
 use rustix::mm::{MapFlags, MlockAllFlags, ProtFlags, mlockall, mmap, mmap_anonymous};
 
 const PAGE: usize = 4096;
-/// Pages of our own that queues and buffers are in.
+/// Pages of our own: what queues are in, tables of indirect descriptors, and the rest for buffers.
 const PAGES: usize = 512;
+const TABLES: usize = 64;
+const BUFFERS: usize = 96;
 /// How long the driver may take to let go of the device.
 const UNBIND: Duration = Duration::from_secs(5);
 const PCI_VENDOR: u16 = 0x1af4;
@@ -104,6 +107,20 @@ struct Arena {
     window: Window,
     /// Guest-physical address of each page.
     pages: Vec<u64>,
+    /// Guest-physical addresses, first and last, of the guest's memory.
+    memory: Vec<(u64, u64)>,
+}
+
+/// What /proc/iomem calls "System RAM".
+fn memory() -> std::io::Result<Vec<(u64, u64)>> {
+    let hex = |text: &str| u64::from_str_radix(text.trim(), 16).ok();
+    let all = fs::read_to_string("/proc/iomem")?;
+    let ranges = all.lines().filter_map(|line| {
+        let (range, _) = line.split_once(" : System RAM")?;
+        let (first, last) = range.split_once('-')?;
+        Some((hex(first)?, hex(last)?))
+    });
+    Ok(ranges.collect())
 }
 
 impl Arena {
@@ -138,31 +155,82 @@ impl Arena {
             }
             pages.push(frame * PAGE as u64);
         }
-        Ok(Self { window, pages })
+        let memory = memory()?;
+        Ok(Self {
+            window,
+            pages,
+            memory,
+        })
     }
 
-    /// A guest-physical address: mostly ours, sometimes anybody's or nobody's.
-    fn address(&self, chance: &mut Chance) -> u64 {
-        match chance.below(12) {
-            0 => chance.number(),
-            // PCI's window, the local APIC, the end of all.
-            1 => chance.of(&[
+    /// A guest-physical address where there is no memory.
+    fn nowhere(&self, chance: &mut Chance) -> u64 {
+        loop {
+            // PCI's window, the local APIC, the I/O APIC, the end of all, and any.
+            let places = [
                 0xc000_0000,
                 0xfee0_0000,
                 0xfec0_0000,
                 u64::MAX - 4095,
-                0,
                 1 << 40,
-            ]),
-            _ => {
-                let within = if chance.one_in(4) {
-                    chance.below(PAGE as u64)
-                } else {
-                    0
-                };
-                chance.of(&self.pages) + within
+            ];
+            let address = if chance.one_in(2) {
+                chance.of(&places)
+            } else {
+                chance.number()
+            };
+            // None of it, also a page further on.
+            let end = address.saturating_add(PAGE as u64);
+            if !self
+                .memory
+                .iter()
+                .any(|(first, last)| address <= *last && end >= *first)
+            {
+                return address;
             }
         }
+    }
+
+    /// One of the pages for buffers.
+    fn buffer(chance: &mut Chance) -> usize {
+        BUFFERS + chance.below((PAGES - BUFFERS) as u64) as usize
+    }
+
+    /// A descriptor: of a buffer, of nothing, or of a table of such.
+    fn describe(&self, at: usize, size: u16, number: u16, direct: bool, chance: &mut Chance) {
+        let flags = match chance.below(8) {
+            // All bits but WRITE and INDIRECT, which follow.
+            0 => chance.next() as u16 & !6,
+            _ => chance.of(&[0, 1, 1]),
+        };
+        let flags = flags | chance.of(&[0, 2]);
+        let mut entry = (self.nowhere(chance), chance.number() as u32, flags);
+        if direct && chance.one_in(8) {
+            let table = TABLES + chance.below((BUFFERS - TABLES) as u64) as usize;
+            entry = (self.pages[table], chance.of(&[16, 64, 4096, 17, 0]), 4);
+        } else if !chance.one_in(10) {
+            let within = if chance.one_in(4) {
+                chance.below(64)
+            } else {
+                0
+            };
+            let length = match chance.below(8) {
+                // More than all memory, which has to be refused as a whole.
+                0 => chance.of(&[u32::MAX, 1 << 30]),
+                1 => 0,
+                _ => chance.of(&[1, 10, 12, 16, 40, 44, 64, 512, 4032]),
+            };
+            entry = (self.pages[Self::buffer(chance)] + within, length, flags);
+        }
+        let next = if chance.one_in(10) {
+            chance.next() as u16
+        } else {
+            (number + 1) % size
+        };
+        self.window.write(at, entry.0);
+        self.window.write(at + 8, entry.1);
+        self.window.write(at + 12, entry.2);
+        self.window.write(at + 14, next);
     }
 }
 
@@ -185,7 +253,6 @@ impl Region {
 }
 
 struct Device {
-    folder: PathBuf,
     config: File,
     bars: Vec<Window>,
     common: Region,
@@ -301,7 +368,6 @@ impl Device {
             regions[kind].ok_or_else(|| std::io::Error::other(format!("no capability {kind}")))
         };
         Ok(Self {
-            folder: folder.into(),
             config,
             bars,
             common: need(1)?,
@@ -392,7 +458,7 @@ impl Attack {
                 2 => 1,
                 _ => chance.of(&[most, 8, 64]).min(most.max(1)),
             };
-            let page = |chance: &mut Chance| chance.below(PAGES as u64 - 8) as usize;
+            let page = |chance: &mut Chance| chance.below(TABLES as u64 - 8) as usize;
             let queue = Queue {
                 descriptors: page(chance) * PAGE,
                 available: page(chance) * PAGE,
@@ -400,7 +466,7 @@ impl Attack {
                 size: size.clamp(1, 256),
             };
             let mut place = |offset: usize| match chance.below(16) {
-                0 => self.arena.address(chance),
+                0 => self.arena.nowhere(chance),
                 1 => self.arena.pages[offset / PAGE] + chance.below(16),
                 _ => self.arena.pages[offset / PAGE],
             };
@@ -492,37 +558,18 @@ impl Attack {
         let window = self.arena.window;
         for number in 0..queue.size {
             let at = queue.descriptors + usize::from(number) * 16;
-            let chance = &mut self.chance;
-            // Some have a request of this program's, most of the others what lies there.
-            let address = if chance.one_in(3) {
-                let page = chance.below(PAGES as u64) as usize;
-                let address = self.arena.pages[page];
-                self.request(page * PAGE);
-                address
-            } else {
-                self.arena.address(chance)
-            };
-            let chance = &mut self.chance;
-            let length = match chance.below(8) {
-                0 => chance.number() as u32,
-                1 => u32::MAX,
-                2 => 0,
-                _ => chance.of(&[1, 10, 12, 16, 40, 44, 64, 512, 4096]),
-            };
-            let flags = match chance.below(8) {
-                0 => chance.next() as u16,
-                1 => 4,
-                _ => chance.of(&[0, 1, 1, 2, 3]),
-            };
-            let next = if chance.one_in(10) {
-                chance.next() as u16
-            } else {
-                (number + 1) % queue.size
-            };
-            window.write(at, address);
-            window.write(at + 8, length);
-            window.write(at + 12, flags);
-            window.write(at + 14, next);
+            self.arena
+                .describe(at, queue.size, number, true, &mut self.chance);
+        }
+        for table in TABLES..BUFFERS {
+            let number = self.chance.below(256) as u16;
+            let at = table * PAGE + usize::from(number) * 16;
+            self.arena
+                .describe(at, 256, number, false, &mut self.chance);
+        }
+        for _ in 0..8 {
+            let page = Arena::buffer(&mut self.chance);
+            self.request(page * PAGE);
         }
         let chance = &mut self.chance;
         for slot in 0..queue.size {
@@ -627,6 +674,12 @@ impl Attack {
     }
 }
 
+/// Says something, if there is still a way to.
+fn tell(what: &str) {
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{what}").and_then(|()| out.flush());
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let words: Vec<_> = std::env::args().skip(1).collect();
     let [kind, seconds, seed] = &words[..] else {
@@ -637,18 +690,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?;
     let folders = find(kind);
     let folder = folders.first().ok_or("the guest has no such device")?;
+    // Before the device is gone by which this is told.
+    tell(&format!("{}: attacked", folder.display()));
     let taken = unbind(folder);
     let device = Device::open(folder)?;
-    println!(
-        "{}: {}",
-        device.folder.display(),
-        if taken {
-            "taken"
-        } else {
-            "its driver has it, too"
-        }
-    );
-    std::io::stdout().flush()?;
+    if !taken {
+        tell("its driver has it, too");
+    }
     let mut attack = Attack {
         device,
         arena: Arena::new()?,
@@ -672,8 +720,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         notified,
         completed,
     } = attack.counts;
-    println!(
+    tell(&format!(
         "{actions} actions, {starts} starts, {notified} notifications, {completed} completions"
-    );
+    ));
     Ok(())
 }
