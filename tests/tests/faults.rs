@@ -431,10 +431,11 @@ impl Case {
                 release();
             }
             (_, Injury::Space) => {
-                sh("cat /dev/zero >/run/filler".into());
+                let size = "$(($(df -k --output=used /run | tail -n 1) + 16))k";
+                sh(format!("mount -o remount,size={size} /run"));
                 release();
                 std::thread::sleep(SHORTAGE);
-                sh("rm /run/filler".into());
+                sh("mount -o remount,size=50% /run".into());
             }
         }
         Ok(true)
