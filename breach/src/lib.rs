@@ -7,11 +7,17 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 use libc::c_long;
 
+/// The abstract socket of somebody else's.
+const ABSTRACT: &str = "sepal-breach";
 /// Exit status of a process that has tried.
-pub const TRIED: i32 = 99;
+const TRIED: i32 = 99;
 
 /// What an attacker tries.
 pub struct Attempt {
@@ -114,7 +120,9 @@ pub const HOST: &[Attempt] = &[
         call(libc::SYS_process_vm_readv, arguments)
     }),
     both("others-socket", |victim| connect(victim.socket.as_bytes())),
-    both("others-abstract-socket", |_| connect(b"\0sepal-breach")),
+    both("others-abstract-socket", |_| {
+        connect(format!("\0{ABSTRACT}").as_bytes())
+    }),
     both("raw-socket", |_| {
         socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_ICMP)
     }),
@@ -216,6 +224,64 @@ pub fn go(attempts: &[&[Attempt]], name: &str) -> ! {
     eprintln!("breach {name}: {outcome}");
     // SAFETY: ends this process and nothing else.
     unsafe { libc::_exit(TRIED) }
+}
+
+/// Somebody else on the host, for as long as a test: a process, a Unix socket, and an abstract one.
+pub struct Bystander {
+    process: Child,
+    socket: PathBuf,
+    _listeners: [UnixListener; 2],
+}
+
+impl Bystander {
+    /// With a socket in this directory.
+    ///
+    /// # Errors
+    /// There is another one, or nothing to run.
+    pub fn new(directory: &Path) -> io::Result<Self> {
+        let socket = directory.join("other");
+        let listeners = [
+            UnixListener::bind(&socket)?,
+            UnixListener::bind_addr(&SocketAddr::from_abstract_name(ABSTRACT)?)?,
+        ];
+        Ok(Self {
+            process: Command::new("sleep").arg("1000").spawn()?,
+            socket,
+            _listeners: listeners,
+        })
+    }
+
+    /// Has the program that the command runs attack this one.
+    pub fn is_attacked_by(&self, command: &mut Command, attempt: &str) {
+        command
+            .env("SEPAL_BREACH", attempt)
+            .env("SEPAL_BREACH_PID", self.process.id().to_string())
+            .env("SEPAL_BREACH_SOCKET", &self.socket);
+    }
+
+    /// Whether the process is still there.
+    pub fn lives(&mut self) -> bool {
+        matches!(self.process.try_wait(), Ok(None))
+    }
+}
+
+impl Drop for Bystander {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// How an attempt went by the attacker's own words; none when it was ended before it could say any.
+///
+/// # Panics
+/// There is no such attempt, or the process went on after it.
+pub fn outcome(status: Option<i32>, said: &str) -> Option<String> {
+    let line = said.lines().find(|line| line.starts_with("breach "))?;
+    assert_eq!(status, Some(TRIED), "{said}");
+    let (_, outcome) = line.split_once(": ")?;
+    assert_ne!(outcome, "unknown");
+    Some(outcome.to_owned())
 }
 
 fn number(variable: &str) -> c_long {

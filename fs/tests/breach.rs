@@ -4,42 +4,25 @@
 mod guest;
 
 use std::io::Read;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
-use std::path::Path;
-use std::process::{Child, Command};
+use std::os::unix::process::ExitStatusExt;
 
 use guest::{Share, attacked};
 use nix::mount::{MsFlags, mount};
-use sepal_breach::TRIED;
+use sepal_breach::{Bystander, outcome};
 use sepal_fs::breach::ATTEMPTS;
 
 /// What only the filter stands before. The server is the share's root as it is the host's; and its network
 /// namespace is its starter's.
 const ONE_WALL: [&str; 2] = ["become-root", "others-abstract-socket"];
 
-/// A process that is not the file server's.
-struct Victim(Child);
-
-impl Drop for Victim {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 #[test]
 fn nothing_but_the_share_can_be_reached_from_a_file_server_that_a_guest_has_taken_over() {
-    let mut victim = Victim(Command::new("sleep").arg("1000").spawn().unwrap());
     let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("other");
-    let _listener = UnixListener::bind(&socket).unwrap();
-    let name = SocketAddr::from_abstract_name("sepal-breach").unwrap();
-    let _abstract_listener = UnixListener::bind_addr(&name).unwrap();
+    let mut other = Bystander::new(directory.path()).unwrap();
 
     let mut through = Vec::new();
     for tried in ATTEMPTS.into_iter().flatten() {
-        let of = |filter| attempt(tried.name, filter, victim.0.id(), &socket);
+        let of = |filter| attempt(tried.name, filter, &other);
         let (with, without) = (of(true), of(false));
         println!("{:40} {with:45} {without}", tried.name);
         if tried.name == "open-beside-volume" {
@@ -52,11 +35,11 @@ fn nothing_but_the_share_can_be_reached_from_a_file_server_that_a_guest_has_take
         }
     }
     assert!(through.is_empty(), "{through:#?}");
-    assert!(victim.0.try_wait().unwrap().is_none(), "the victim is dead");
+    assert!(other.lives(), "somebody else's process is dead");
 }
 
 /// What one attempt came to, in a few words.
-fn attempt(what: &str, filter: bool, victim: u32, socket: &Path) -> String {
+fn attempt(what: &str, filter: bool, other: &Bystander) -> String {
     let share = Share::new();
     std::fs::write(share.path().join("../secret"), "secret").unwrap();
     // As the shim mounts what it is given.
@@ -67,10 +50,7 @@ fn attempt(what: &str, filter: bool, victim: u32, socket: &Path) -> String {
 
     let starter = guest::pidfd(std::process::id());
     let mut server = attacked(&share.path(), &starter, |command| {
-        command
-            .env("SEPAL_BREACH", what)
-            .env("SEPAL_BREACH_PID", victim.to_string())
-            .env("SEPAL_BREACH_SOCKET", socket);
+        other.is_attacked_by(command, what);
         if !filter {
             command.env("SEPAL_BREACH_UNFILTERED", "yes");
         }
@@ -78,14 +58,16 @@ fn attempt(what: &str, filter: bool, victim: u32, socket: &Path) -> String {
     let mut said = String::new();
     let mut stderr = server.child.stderr.take().unwrap();
     stderr.read_to_string(&mut said).unwrap();
-    let status = server.child.wait().unwrap().code();
-    if let Some(line) = said.lines().find(|line| line.starts_with("breach ")) {
-        assert_eq!(status, Some(TRIED), "{said}");
-        let outcome = line.split_once(": ").expect("an outcome").1;
-        assert_ne!(outcome, "unknown");
-        return outcome.to_owned();
+    let status = server.child.wait().unwrap();
+    if let Some(outcome) = outcome(status.code(), &said) {
+        return outcome;
     }
     // unshare(1) ends as its child did.
-    assert!(filter, "{what}: status {status:?}: {said}");
+    assert_eq!(
+        status.signal(),
+        Some(libc::SIGSYS),
+        "{what}: {status}: {said}"
+    );
+    assert!(filter, "{what}: {said}");
     "killed by the filter".into()
 }

@@ -88,9 +88,9 @@ class Lane:
         self.prefix, self.serial = f"lane{number}", 0
         self.pods, self.done, self.refused = {}, {}, 0
 
-    def describe(self, content):
-        """A file with a description."""
-        path = Path(self.folder) / f"{self.prefix}-{self.serial}.json"
+    def describe(self, name, content):
+        """A file of this name with a description."""
+        path = Path(self.folder) / f"{name}.json"
         path.write_text(json.dumps(content))
         return str(path)
 
@@ -111,7 +111,7 @@ class Lane:
         if len(self.pods) >= MOST_PODS:
             return False
         name = self.new_name()
-        pod = must("runp", "--runtime", "sepal", self.describe(self.description(name)))
+        pod = must("runp", "--runtime", "sepal", self.describe(name, self.description(name)))
         self.pods[pod] = {"name": name, "ready": True, "containers": {}}
         return True
 
@@ -123,11 +123,10 @@ class Lane:
         name = self.new_name()
         command = f"sleep {SHORT}; exit {SHORT_STATUS}" if short else "trap 'exit 0' TERM; while :; do sleep 0.1; done"
         key, value = self.label.split("=")
-        container = self.describe({"metadata": {"name": name}, "image": {"image": IMAGE},
-                                   "labels": {key: value}, "command": ["sh", "-c", command],
-                                   "log_path": f"{name}.log", "linux": {}})
-        self.serial += 1
-        words = ("create", pod, container, self.describe(self.description(of["name"])))
+        container = self.describe(name, {"metadata": {"name": name}, "image": {"image": IMAGE},
+                                         "labels": {key: value}, "command": ["sh", "-c", command],
+                                         "log_path": f"{name}.log", "linux": {}})
+        words = ("create", pod, container, self.describe(f"{name}-pod", self.description(of["name"])))
         if not of["ready"]:
             must_not(*words)
             self.refused += 1

@@ -7,43 +7,22 @@
 mod guest;
 
 use std::io::Read;
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener};
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
-use sepal_breach::TRIED;
+use sepal_breach::{Bystander, outcome};
 use sepal_protocol::control::{self, Request, Response};
 use sepal_vmm::breach::{ATTEMPTS, THREADS};
 
-/// A process that is not the VMM's.
-struct Victim(Child);
-
-impl Drop for Victim {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// What one attempt came to: the exit status, and what the VMM said.
-fn attempt(
-    what: &str,
-    thread: &str,
-    filters: bool,
-    victim: &Victim,
-    socket: &Path,
-) -> (i32, String) {
+/// What one attempt came to, in a few words.
+fn attempt(what: &str, thread: &str, filters: bool, other: &Bystander) -> String {
     // As the shim spawns it: alone among processes, in the pod's network namespace.
     let mut command = Command::new("unshare");
     command
         .args(["--pid", "--net", "--fork", "--kill-child"])
         .arg(env!("CARGO_BIN_EXE_sepal-vmm"))
         .args(["--seccomp", if filters { "kill" } else { "off" }])
-        .env("SEPAL_BREACH", format!("{thread}:{what}"))
-        .env("SEPAL_BREACH_PID", victim.0.id().to_string())
-        .env("SEPAL_BREACH_SOCKET", socket)
         .stderr(Stdio::piped());
+    other.is_attacked_by(&mut command, &format!("{thread}:{what}"));
     let mut vmm = guest::Vmm::spawn_by(command);
     // cli; hlt; jmp: it waits.
     let kernel = vmm.file("kernel", &guest::bare(&[0xfa, 0xf4, 0xeb, 0xfd]));
@@ -55,7 +34,14 @@ fn attempt(
     let mut stderr = vmm.child.stderr.take().unwrap();
     stderr.read_to_string(&mut said).unwrap();
     let status = vmm.child.wait().unwrap();
-    (status.code().unwrap_or(-1), said)
+    if let Some(outcome) = outcome(status.code(), &said) {
+        return outcome;
+    }
+    let killed = said.lines().find_map(|line| {
+        let rest = line.strip_prefix("sepal-vmm: system call ")?;
+        Some(format!("killed at system call {}", rest.get(..4)?))
+    });
+    killed.unwrap_or_else(|| panic!("{status}: {said}"))
 }
 
 #[test]
@@ -64,20 +50,16 @@ fn nothing_of_the_hosts_can_be_reached_from_a_thread_that_a_guest_has_taken_over
         eprintln!("skipped: needs KVM and root");
         return;
     }
-    let victim = Victim(Command::new("sleep").arg("1000").spawn().unwrap());
     let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("other");
-    let _listener = UnixListener::bind(&socket).unwrap();
-    let name = SocketAddr::from_abstract_name("sepal-breach").unwrap();
-    let _abstract_listener = UnixListener::bind_addr(&name).unwrap();
+    let mut other = Bystander::new(directory.path()).unwrap();
 
     // SAFETY: with this flag the call only tells the version.
     let landlock = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) } > 0;
     let mut through = Vec::new();
     for (thread, _) in THREADS {
         for tried in ATTEMPTS.into_iter().flatten() {
-            let of = |filters| attempt(tried.name, thread, filters, &victim, &socket);
-            let (with, without) = (answer(of(true)), answer(of(false)));
+            let of = |filters| attempt(tried.name, thread, filters, &other);
+            let (with, without) = (of(true), of(false));
             println!("{thread:8} {:24} {with:45} {without}", tried.name);
             // The root directory itself is there: only Landlock stands before it.
             let second_wall = tried.second_wall && (landlock || tried.name != "list-root");
@@ -87,21 +69,5 @@ fn nothing_of_the_hosts_can_be_reached_from_a_thread_that_a_guest_has_taken_over
         }
     }
     assert!(through.is_empty(), "{through:#?}");
-    let mut victim = victim;
-    assert!(victim.0.try_wait().unwrap().is_none(), "the victim is dead");
-}
-
-/// How an attempt went, in a few words.
-fn answer((status, said): (i32, String)) -> String {
-    if let Some(line) = said.lines().find(|line| line.starts_with("breach ")) {
-        assert_eq!(status, TRIED, "{said}");
-        let outcome = line.split_once(": ").expect("an outcome").1;
-        assert_ne!(outcome, "unknown");
-        return outcome.to_owned();
-    }
-    let killed = said.lines().find_map(|line| {
-        let rest = line.strip_prefix("sepal-vmm: system call ")?;
-        Some(format!("killed at system call {}", rest.get(..4)?))
-    });
-    killed.unwrap_or_else(|| panic!("status {status}: {said}"))
+    assert!(other.lives(), "somebody else's process is dead");
 }

@@ -419,6 +419,7 @@ mod register {
     pub const QUEUE_SIZE: usize = 24;
     pub const QUEUE_VECTOR: usize = 26;
     pub const QUEUE_ENABLE: usize = 28;
+    pub const QUEUE_NOTIFY_OFFSET: usize = 30;
     pub const QUEUE_DESCRIPTORS: usize = 32;
     pub const QUEUE_DRIVER: usize = 40;
     pub const QUEUE_DEVICE: usize = 48;
@@ -596,7 +597,7 @@ impl Attack {
     fn notify(&mut self, queue: u16) {
         let common = self.device.common;
         common.write(register::QUEUE_SELECT, queue);
-        let place: u16 = common.read(30);
+        let place: u16 = common.read(register::QUEUE_NOTIFY_OFFSET);
         let offset = usize::from(place) * self.device.notify_multiplier;
         self.device.notify.write(offset, queue);
         self.counts.notified += 1;
