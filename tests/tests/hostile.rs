@@ -1,4 +1,4 @@
-//! A guest that does its worst to each of its devices (`src/bin/hostile-guest.rs`): its VMM lives or ends
+//! A guest that does its worst to each of its devices (`src/bin/hostile-guest/`): its VMM lives or ends
 //! in an orderly way, the host's memory does not grow, a neighbour's pod is served, and nothing is left.
 //!
 //! `SEPAL_HOSTILE_SECONDS` is how long each device is attacked (default: 5).
