@@ -190,7 +190,7 @@ impl Pod {
             containers.insert(asked.id.clone(), container.clone());
         }
         if let Some(streams) = init.streams() {
-            streams.feed()?;
+            streams.feed();
         }
         let pid = container.pid;
         self.events.publish(TaskCreate {

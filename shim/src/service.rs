@@ -226,7 +226,7 @@ impl Pod {
             return Err(e);
         }
         if let Some(streams) = process.streams() {
-            streams.feed()?;
+            streams.feed();
         }
         process.advance(Phase::Running);
         self.events.publish(TaskExecStarted {

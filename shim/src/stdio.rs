@@ -174,6 +174,13 @@ impl Streams {
         container: &str,
     ) -> Result<(Self, agent::Stdio), Error> {
         let opened = open_host(wanted, namespace, container).await?;
+        if !wanted.stdin.is_empty() {
+            // It is opened later, when there is a process already that a mistake would have to end.
+            std::fs::metadata(&wanted.stdin).map_err(|source| Error::Open {
+                uri: wanted.stdin.clone(),
+                source,
+            })?;
+        }
         let (rows, columns) = wanted.size.unwrap_or_default();
         let mut request = agent::Stdio {
             terminal: wanted.terminal,
@@ -224,22 +231,22 @@ impl Streams {
     /// Opens the input FIFO and begins to copy.
     ///
     /// Not before: a client that finds the FIFO open writes what it has, and then asks for the end of
-    /// the input of a process that containerd must know by then.
-    ///
-    /// # Errors
-    /// The FIFO cannot be opened.
-    pub fn feed(&self) -> Result<(), Error> {
+    /// the input of a process that containerd must know by then. A client that has gone and taken its
+    /// FIFO along has said all: the input ends.
+    pub fn feed(&self) {
         let mut input = lock(&self.input);
         let Some((path, stream)) = input.waiting.take() else {
-            return Ok(());
+            return;
         };
-        let (receiver, keep) =
-            open_stdin(&path).map_err(|source| Error::Open { uri: path, source })?;
-        if !input.closed {
-            input.keep_open = Some(keep);
+        match open_stdin(&path) {
+            Ok((receiver, keep)) => {
+                if !input.closed {
+                    input.keep_open = Some(keep);
+                }
+                *lock(&self.stdin) = Some(tokio::spawn(copy_in(receiver, stream)));
+            }
+            Err(e) => tracing::warn!("nobody will write to {path}: {e}"),
         }
-        *lock(&self.stdin) = Some(tokio::spawn(copy_in(receiver, stream)));
-        Ok(())
     }
 
     /// containerd's CloseIO: once the clients have closed the FIFO and it is empty, the process's

@@ -45,7 +45,7 @@ async fn input_ends_after_close_io_and_not_when_a_client_goes() {
     let (host, mut guest) = UnixStream::pair().unwrap();
     let streams = Streams::default();
     lock(&streams.input).waiting = Some((path.clone(), host));
-    streams.feed().unwrap();
+    streams.feed();
     let write = |text: &'static str| {
         let path = path.clone();
         tokio::task::spawn_blocking(move || {
@@ -75,11 +75,20 @@ async fn close_io_before_the_fifo_is_open_is_not_forgotten() {
     let client = tokio::task::spawn_blocking(move || std::fs::write(path, "all"));
     // The client's open waits for ours.
     tokio::time::sleep(Duration::from_millis(20)).await;
-    streams.feed().unwrap();
+    streams.feed();
     client.await.unwrap().unwrap();
     let mut text = String::new();
     guest.read_to_string(&mut text).await.unwrap();
     assert_eq!(text, "all");
+}
+
+#[tokio::test]
+async fn the_input_of_a_process_whose_client_has_gone_with_its_fifo_ends() {
+    let (host, mut guest) = UnixStream::pair().unwrap();
+    let streams = Streams::default();
+    lock(&streams.input).waiting = Some(("/nonexistent/in".into(), host));
+    streams.feed();
+    assert_eq!(guest.read(&mut [0]).await.unwrap(), 0);
 }
 
 #[tokio::test]
