@@ -91,13 +91,14 @@ pub struct Process {
     pub wanted: Wanted,
     /// An exec's OCI process as JSON.
     pub spec: Vec<u8>,
-    /// Held while a state changes and its event is published.
+    /// Held while a state changes and its event is published, and while it is started or deleted.
     pub order: tokio::sync::Mutex<()>,
     /// Set before an exec runs: the size of its terminal in rows and columns.
     pub size: Mutex<Option<(u32, u32)>>,
     phase: watch::Sender<Phase>,
     streams: Mutex<Option<Arc<Streams>>>,
     stdin_closed: AtomicBool,
+    condemned: AtomicBool,
 }
 
 impl Process {
@@ -114,6 +115,7 @@ impl Process {
             phase: watch::Sender::new(Phase::Created),
             streams: Mutex::new(None),
             stdin_closed: AtomicBool::new(false),
+            condemned: AtomicBool::new(false),
         })
     }
 
@@ -149,6 +151,16 @@ impl Process {
             }
             alive
         })
+    }
+
+    /// Has it not be started any more, as it is being deleted. Called and asked with `order` held.
+    pub fn condemn(&self) {
+        self.condemned.store(true, Ordering::Relaxed);
+    }
+
+    /// See [`Self::condemn`].
+    pub fn is_condemned(&self) -> bool {
+        self.condemned.load(Ordering::Relaxed)
     }
 
     /// Waits until it has ended.

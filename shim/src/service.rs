@@ -90,8 +90,13 @@ impl Pod {
             streams.finish(handed).await;
         }
         faults::at("exit: streams");
-        let _order = process.order.lock().await;
-        let exit = Exit::now(status);
+        let order = process.order.lock().await;
+        self.tell_end(&container, &process, Exit::now(status));
+        drop(order);
+    }
+
+    /// Notes and publishes the end of a process, which happens once. Called with its `order` held.
+    fn tell_end(&self, container: &Container, process: &Process, exit: Exit) {
         if process.advance(Phase::Stopped(exit)) {
             self.events.publish(TaskExit {
                 container_id: process.container.clone(),
@@ -150,13 +155,17 @@ impl Pod {
     /// # Errors
     /// It has been started before, or the guest cannot start it.
     pub async fn start(self: &Arc<Self>, id: &str, exec: &str) -> Result<u32> {
-        let container = self.container(id)?;
-        let process = container.process(exec)?;
-        let order = process.order.lock().await;
-        if process.phase() != Phase::Created {
+        let process = self.container(id)?.process(exec)?;
+        let (order, container) = self.undeleted(&process).await?;
+        let state = match process.phase() {
+            Phase::Created if process.is_condemned() => Some("being deleted"),
+            Phase::Created => None,
+            phase => Some(phase.name()),
+        };
+        if let Some(state) = state {
             return Err(Error::WrongState {
                 action: "start",
-                state: process.phase().name(),
+                state,
             });
         }
         faults::at("run");
@@ -318,10 +327,11 @@ impl Pod {
     /// # Errors
     /// It runs.
     pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
-        let container = self.container(id)?;
-        let process = container.process(exec)?;
-        let pid = container.pid;
+        let process = self.container(id)?.process(exec)?;
         faults::at("delete");
+        // A start that is under way comes to its end first, and so does another deletion.
+        let (mut order, container) = self.undeleted(&process).await?;
+        let pid = container.pid;
         if !exec.is_empty() {
             let exit = match process.phase() {
                 Phase::Stopped(exit) => exit,
@@ -344,7 +354,19 @@ impl Pod {
         }
         let exit = match process.phase() {
             Phase::Stopped(exit) => exit,
-            Phase::Created => self.end_unstarted(&process).await,
+            Phase::Created => {
+                process.condemn();
+                // Whoever watches it tells its end.
+                drop(order);
+                self.end_unstarted(&process).await;
+                (order, _) = self.undeleted(&process).await?;
+                // Unless the guest has not ended it.
+                self.tell_end(&container, &process, Exit::now(KILLED));
+                match process.phase() {
+                    Phase::Stopped(exit) => exit,
+                    _ => Exit::now(KILLED),
+                }
+            }
             phase => {
                 return Err(Error::WrongState {
                     action: "delete",
@@ -385,29 +407,43 @@ impl Pod {
             ..Default::default()
         });
         faults::at("delete: told");
+        drop(order);
         Ok((pid, exit))
     }
 
-    async fn end_unstarted(&self, process: &Process) -> Exit {
-        if let Ok(up) = self.up().await {
-            let signal = libc::SIGKILL as u32;
-            let request = SignalProcessRequest {
-                container_id: process.container.clone(),
-                signal,
-                ..Default::default()
-            };
-            if self
-                .call(&up, up.agent.signal_process(&request))
-                .await
-                .is_ok()
-                && let Ok(exit) = tokio::time::timeout(DEATH, process.ended()).await
-            {
-                return exit;
-            }
+    /// Waits until nobody starts, ends or deletes the process.
+    ///
+    /// # Errors
+    /// It has been deleted meanwhile.
+    async fn undeleted<'a>(
+        &self,
+        process: &'a Arc<Process>,
+    ) -> Result<(tokio::sync::MutexGuard<'a, ()>, Arc<Container>)> {
+        let order = process.order.lock().await;
+        let container = self.container(&process.container)?;
+        // Another one may have its name by now.
+        if Arc::ptr_eq(&container.process(&process.exec)?, process) {
+            Ok((order, container))
+        } else {
+            Err(Error::Finished)
         }
-        let exit = Exit::now(KILLED);
-        process.advance(Phase::Stopped(exit));
-        exit
+    }
+
+    /// Has the guest end an init that was never started, and waits for that, though not for ever.
+    async fn end_unstarted(&self, process: &Process) {
+        let Ok(up) = self.up().await else { return };
+        let request = SignalProcessRequest {
+            container_id: process.container.clone(),
+            signal: libc::SIGKILL as u32,
+            ..Default::default()
+        };
+        // It may have ended before; then its end is about to be told.
+        if let Err(e) = self.call(&up, up.agent.signal_process(&request)).await {
+            tracing::debug!(container = process.container, "ending it: {e}");
+        }
+        if tokio::time::timeout(DEATH, process.ended()).await.is_err() {
+            tracing::warn!(container = process.container, "the guest does not end it");
+        }
     }
 
     /// Freezes or thaws a container.
@@ -415,9 +451,9 @@ impl Pod {
     /// # Errors
     /// It does not run, or is in that state already.
     pub async fn set_paused(&self, id: &str, pause: bool) -> Result<()> {
-        let container = self.container(id)?;
+        let init = self.container(id)?.process("")?;
         let action = if pause { "pause" } else { "resume" };
-        let _order = container.init.order.lock().await;
+        let (_order, container) = self.undeleted(&init).await?;
         let phase = container.init.phase();
         if phase != Phase::Running {
             return Err(Error::WrongState {

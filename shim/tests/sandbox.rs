@@ -7,7 +7,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::bed::{Bed, code, delete_of, is_root, kill, start_of, wait_for_end, wait_of, within};
+use common::bed::{
+    Bed, code, create_of, delete_of, description, is_root, kill, remove_parents, shut_down,
+    start_of, start_sandbox, wait_for_end, wait_of, within,
+};
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
@@ -24,39 +27,6 @@ fn stand_in_for_the_vmm() {
     if std::env::var_os("SEPAL_STAND_IN").is_some() {
         common::vmm();
     }
-}
-
-fn description(bed: &Bed) -> PodSandboxConfig {
-    let mut config = PodSandboxConfig {
-        hostname: "web-0".into(),
-        ..Default::default()
-    };
-    config.linux.mut_or_insert_default().cgroup_parent = format!("/sepal-test-{}", bed.id);
-    config
-}
-
-fn create_of(bed: &Bed, config: &PodSandboxConfig) -> CreateSandboxRequest {
-    CreateSandboxRequest {
-        sandbox_id: bed.id.clone(),
-        bundle_path: bed.bundle().display().to_string(),
-        options: MessageField::some(Any {
-            type_url: "runtime.v1.PodSandboxConfig".into(),
-            value: config.write_to_bytes().unwrap(),
-            ..Default::default()
-        }),
-        ..Default::default()
-    }
-}
-
-/// Creates and starts the sandbox.
-async fn start(bed: &Bed, sandbox: &SandboxClient) -> StartSandboxResponse {
-    let create = create_of(bed, &description(bed));
-    sandbox.create_sandbox(within(), &create).await.unwrap();
-    let start = StartSandboxRequest {
-        sandbox_id: bed.id.clone(),
-        ..Default::default()
-    };
-    sandbox.start_sandbox(within(), &start).await.unwrap()
 }
 
 async fn status(bed: &Bed, sandbox: &SandboxClient) -> SandboxStatusResponse {
@@ -84,26 +54,6 @@ fn wait_sandbox_of(bed: &Bed) -> WaitSandboxRequest {
     }
 }
 
-/// Ends the shim, and sees it go with its socket and the parents of its cgroup.
-async fn shut_down(bed: &Bed, sandbox: &SandboxClient, shim: ProcessRef) {
-    let request = ShutdownSandboxRequest {
-        sandbox_id: bed.id.clone(),
-        ..Default::default()
-    };
-    sandbox.shutdown_sandbox(within(), &request).await.unwrap();
-    wait_for_end(shim).await;
-    let address = bed.address();
-    let socket = address.trim_start_matches("unix://");
-    assert!(!std::path::Path::new(socket).exists(), "{socket} is left");
-}
-
-/// The test's own cgroups, which the shim leaves to whoever named them.
-fn remove_parents(state: &PodState) {
-    for parent in state.cgroups.iter().filter_map(|c| c.parent()) {
-        let _ = std::fs::remove_dir(parent);
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sandbox_lives_from_create_to_shutdown_whatever_its_containers_do() {
     if !is_root() {
@@ -120,7 +70,7 @@ async fn a_sandbox_lives_from_create_to_shutdown_whatever_its_containers_do() {
     let other = code(sandbox.create_sandbox(within(), &other).await.unwrap_err());
     assert_eq!(other.0, Code::NOT_FOUND);
 
-    let started = start(&bed, &sandbox).await;
+    let started = start_sandbox(&bed, &sandbox).await;
     let state = PodState::load(&bed.pod()).unwrap();
     assert_eq!(state.vmm.unwrap().pid, started.pid);
     assert!(started.created_at.seconds > 0);
@@ -194,7 +144,7 @@ async fn a_sandbox_that_dies_is_told_and_so_are_its_containers() {
     }
     let bed = Bed::new("sandbox-dies", &[]).await;
     let (sandbox, task) = bed.start_sandbox().await;
-    start(&bed, &sandbox).await;
+    start_sandbox(&bed, &sandbox).await;
     let member = bed.member(&["sleep", "600"]);
     task.create(within(), &member).await.unwrap();
     task.start(within(), &start_of(&member.id)).await.unwrap();
@@ -222,7 +172,7 @@ async fn a_stop_takes_containers_along_and_keeps_its_limit() {
     }
     let bed = Bed::new("sandbox-stop", &[]).await;
     let (sandbox, task) = bed.start_sandbox().await;
-    start(&bed, &sandbox).await;
+    start_sandbox(&bed, &sandbox).await;
     let member = bed.member(&["sleep", "600"]);
     task.create(within(), &member).await.unwrap();
     task.start(within(), &start_of(&member.id)).await.unwrap();
@@ -345,7 +295,7 @@ async fn delete_cleans_up_after_a_killed_shim() {
     }
     let bed = Bed::new("sandbox-crash", &[]).await;
     let (sandbox, task) = bed.start_sandbox().await;
-    start(&bed, &sandbox).await;
+    start_sandbox(&bed, &sandbox).await;
     let member = bed.member(&["sleep", "600"]);
     task.create(within(), &member).await.unwrap();
     let state = PodState::load(&bed.pod()).unwrap();

@@ -7,27 +7,84 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use containerd_shim_protos::api::*;
+use containerd_shim_protos::events::task::*;
+use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::sandbox_api::*;
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::shim::events::ForwardRequest;
 use containerd_shim_protos::shim_async::{Client, Events, TaskClient, create_events};
 use containerd_shim_protos::ttrpc::r#async::{Server, TtrpcContext};
 use containerd_shim_protos::ttrpc::{self, context};
+use sepal_protocol::cri::PodSandboxConfig;
 use sepal_protocol::state::{PodState, ProcessRef};
+
+/// What containerd was told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Told {
+    /// The topic without "/tasks/".
+    pub topic: String,
+    pub container: String,
+    /// Empty for the container's first process.
+    pub exec: String,
+    /// Of an end or a deletion.
+    pub status: u32,
+}
+
+impl Told {
+    fn new(topic: &str, event: &[u8]) -> Self {
+        macro_rules! read {
+            ($kind:ty) => {
+                <$kind>::parse_from_bytes(event).unwrap()
+            };
+        }
+        let (container, exec, status) = match topic {
+            "create" => (read!(TaskCreate).container_id, String::new(), 0),
+            "start" => (read!(TaskStart).container_id, String::new(), 0),
+            "exec-added" => {
+                let event = read!(TaskExecAdded);
+                (event.container_id, event.exec_id, 0)
+            }
+            "exec-started" => {
+                let event = read!(TaskExecStarted);
+                (event.container_id, event.exec_id, 0)
+            }
+            "exit" => {
+                let event = read!(TaskExit);
+                (event.container_id, event.id, event.exit_status)
+            }
+            "delete" => {
+                let event = read!(TaskDelete);
+                (event.container_id, event.id, event.exit_status)
+            }
+            other => (String::new(), other.to_string(), 0),
+        };
+        let exec = if exec == container {
+            String::new()
+        } else {
+            exec
+        };
+        Self {
+            topic: topic.to_string(),
+            container,
+            exec,
+            status,
+        }
+    }
+}
 
 #[derive(Default)]
 struct Containerd {
-    topics: Arc<Mutex<Vec<String>>>,
+    told: Arc<Mutex<Vec<Told>>>,
 }
 
 #[async_trait]
 impl Events for Containerd {
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<Empty> {
-        let event = request
-            .envelope()
-            .topic()
-            .trim_start_matches("/tasks/")
-            .to_string();
-        self.topics.lock().unwrap().push(event);
+        let envelope = request.envelope();
+        let topic = envelope.topic().trim_start_matches("/tasks/");
+        let told = Told::new(topic, &envelope.event().value);
+        self.told.lock().unwrap().push(told);
         Ok(Empty::new())
     }
 }
@@ -35,7 +92,7 @@ impl Events for Containerd {
 pub struct Bed {
     pub dir: tempfile::TempDir,
     pub id: String,
-    topics: Arc<Mutex<Vec<String>>>,
+    told: Arc<Mutex<Vec<Told>>>,
     _server: Server,
 }
 
@@ -46,7 +103,7 @@ impl Bed {
         let dir = tempfile::tempdir().unwrap();
         let id = format!("test-{name}-{}", std::process::id());
         let containerd = Containerd::default();
-        let topics = containerd.topics.clone();
+        let told = containerd.told.clone();
         let address = format!("unix://{}/ttrpc", dir.path().display());
         let mut server = Server::new()
             .bind(&address)
@@ -56,7 +113,7 @@ impl Bed {
         let bed = Self {
             dir,
             id,
-            topics,
+            told,
             _server: server,
         };
         bed.write_script(
@@ -114,7 +171,13 @@ impl Bed {
     }
 
     fn shim_for(&self, id: &str, bundle: &Path, action: &str) -> std::process::Output {
-        Command::new(SHIM)
+        self.command_for(id, bundle, action).output().unwrap()
+    }
+
+    /// The shim's program, as containerd runs it.
+    pub fn command_for(&self, id: &str, bundle: &Path, action: &str) -> Command {
+        let mut command = Command::new(SHIM);
+        command
             .args(["-namespace", "test", "-id", id])
             .args(["-address", "/nonexistent/containerd"])
             .arg("-bundle")
@@ -123,9 +186,8 @@ impl Bed {
             .current_dir(bundle)
             .env("TTRPC_ADDRESS", self.dir.path().join("ttrpc"))
             .env("SEPAL_CONFIG", self.dir.path().join("config.toml"))
-            .stdin(Stdio::null())
-            .output()
-            .unwrap()
+            .stdin(Stdio::null());
+        command
     }
 
     pub async fn start(&self) -> TaskClient {
@@ -168,8 +230,13 @@ impl Bed {
 
     /// A container of the sandbox: its id and what creates it.
     pub fn member(&self, args: &[&str]) -> CreateTaskRequest {
-        let id = format!("{}-member", self.id);
-        let bundle = self.dir.path().join("member");
+        self.member_of_name("member", args)
+    }
+
+    /// One of several.
+    pub fn member_of_name(&self, name: &str, args: &[&str]) -> CreateTaskRequest {
+        let id = format!("{}-{name}", self.id);
+        let bundle = self.dir.path().join(name);
         std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
         // As CRI names the pod's namespaces: by the pid of what runs, while it does.
         let vmm = PodState::load(&self.pod()).ok().and_then(|state| state.vmm);
@@ -243,7 +310,15 @@ impl Bed {
     }
 
     pub fn topics(&self) -> Vec<String> {
-        self.topics.lock().unwrap().clone()
+        let told = self.told.lock().unwrap();
+        told.iter().map(|told| told.topic.clone()).collect()
+    }
+
+    /// What was told of one process, in this order.
+    pub fn told_of(&self, container: &str, exec: &str) -> Vec<Told> {
+        let told = self.told.lock().unwrap();
+        let of = |told: &&Told| told.container == container && told.exec == exec;
+        told.iter().filter(of).cloned().collect()
     }
 
     pub async fn wait_for_topic(&self, topic: &str) {
@@ -256,6 +331,61 @@ impl Bed {
             );
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+}
+
+/// A pod as CRI describes it, in a cgroup of the test's own.
+pub fn description(bed: &Bed) -> PodSandboxConfig {
+    let mut config = PodSandboxConfig {
+        hostname: "web-0".into(),
+        ..Default::default()
+    };
+    config.linux.mut_or_insert_default().cgroup_parent = format!("/sepal-test-{}", bed.id);
+    config
+}
+
+/// What makes a sandbox of it.
+pub fn create_of(bed: &Bed, config: &PodSandboxConfig) -> CreateSandboxRequest {
+    CreateSandboxRequest {
+        sandbox_id: bed.id.clone(),
+        bundle_path: bed.bundle().display().to_string(),
+        options: MessageField::some(Any {
+            type_url: "runtime.v1.PodSandboxConfig".into(),
+            value: config.write_to_bytes().unwrap(),
+            ..Default::default()
+        }),
+        ..Default::default()
+    }
+}
+
+/// Creates and starts the sandbox.
+pub async fn start_sandbox(bed: &Bed, sandbox: &SandboxClient) -> StartSandboxResponse {
+    let create = create_of(bed, &description(bed));
+    sandbox.create_sandbox(within(), &create).await.unwrap();
+    let start = StartSandboxRequest {
+        sandbox_id: bed.id.clone(),
+        ..Default::default()
+    };
+    sandbox.start_sandbox(within(), &start).await.unwrap()
+}
+
+/// Ends the shim, and sees it go with its socket and the parents of its cgroup.
+pub async fn shut_down(bed: &Bed, sandbox: &SandboxClient, shim: ProcessRef) {
+    let request = ShutdownSandboxRequest {
+        sandbox_id: bed.id.clone(),
+        ..Default::default()
+    };
+    sandbox.shutdown_sandbox(within(), &request).await.unwrap();
+    wait_for_end(shim).await;
+    let address = bed.address();
+    let socket = address.trim_start_matches("unix://");
+    assert!(!Path::new(socket).exists(), "{socket} is left");
+}
+
+/// The test's own cgroups, which the shim leaves to whoever named them.
+pub fn remove_parents(state: &PodState) {
+    for parent in state.cgroups.iter().filter_map(|c| c.parent()) {
+        let _ = std::fs::remove_dir(parent);
     }
 }
 

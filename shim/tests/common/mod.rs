@@ -126,6 +126,8 @@ struct FakeAgent {
 struct Running {
     args: Vec<String>,
     stdio: Stdio3,
+    /// Held while it is being started: a signal comes before that or after it.
+    starting: tokio::sync::Mutex<()>,
     pid: Mutex<Option<u32>>,
     ended: watch::Sender<Option<u32>>,
 }
@@ -156,6 +158,7 @@ impl FakeAgent {
                 .map(|a| a.as_str().unwrap().to_string())
                 .collect(),
             stdio: tokio::sync::Mutex::new(streams),
+            starting: tokio::sync::Mutex::default(),
             pid: Mutex::new(None),
             ended: watch::Sender::new(None),
         };
@@ -165,11 +168,12 @@ impl FakeAgent {
     fn find(&self, container: &str, exec: &str) -> ttrpc::Result<Arc<Running>> {
         let id = (container.to_string(), exec.to_string());
         let found = self.processes.lock().unwrap().get(&id).cloned();
-        found.ok_or_else(|| {
-            let status = ttrpc::get_status(ttrpc::Code::NOT_FOUND, "no such process");
-            ttrpc::Error::RpcStatus(status)
-        })
+        found.ok_or_else(|| refused(ttrpc::Code::NOT_FOUND, "no such process"))
     }
+}
+
+fn refused(code: ttrpc::Code, why: &str) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, why))
 }
 
 async fn run(running: Arc<Running>) -> std::io::Result<u32> {
@@ -277,15 +281,17 @@ impl agent_ttrpc::Agent for FakeAgent {
 
     async fn start_process(&self, _: &TtrpcContext, r: ProcessId) -> ttrpc::Result<ProcessCreated> {
         let running = self.find(&r.container_id, &r.exec_id)?;
-        match run(running).await {
+        let _starting = running.starting.lock().await;
+        if running.pid.lock().unwrap().is_some() || running.ended.borrow().is_some() {
+            let code = ttrpc::Code::FAILED_PRECONDITION;
+            return Err(refused(code, "it has been started, or has ended"));
+        }
+        match run(running.clone()).await {
             Ok(pid) => Ok(ProcessCreated {
                 pid,
                 ..Default::default()
             }),
-            Err(e) => {
-                let status = ttrpc::get_status(ttrpc::Code::UNKNOWN, e.to_string());
-                Err(ttrpc::Error::RpcStatus(status))
-            }
+            Err(e) => Err(refused(ttrpc::Code::UNKNOWN, &e.to_string())),
         }
     }
 
@@ -305,6 +311,10 @@ impl agent_ttrpc::Agent for FakeAgent {
         r: SignalProcessRequest,
     ) -> ttrpc::Result<Empty> {
         let running = self.find(&r.container_id, &r.exec_id)?;
+        let _starting = running.starting.lock().await;
+        if running.ended.borrow().is_some() {
+            return Err(refused(ttrpc::Code::NOT_FOUND, "it has ended"));
+        }
         let pid = *running.pid.lock().unwrap();
         match pid {
             Some(pid) => {
