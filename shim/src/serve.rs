@@ -1,6 +1,7 @@
 //! The server: one process per pod, from `start` to containerd's Shutdown.
 
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
@@ -13,6 +14,8 @@ use containerd_shim_protos::shim_async::create_task;
 use containerd_shim_protos::ttrpc::asynchronous::Server;
 use containerd_shim_protos::ttrpc::asynchronous::transport::Listener;
 use sepal_protocol::config::{Config, LogLevel};
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe::Receiver;
 use tokio::sync::Notify;
 
 use crate::error::{Error, Result};
@@ -85,7 +88,9 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
         HashMap::new()
     };
 
-    let listener = UnixListener::from(sys::take_inherited().context("the listening socket")?);
+    let [listener, starter] = sys::take_inherited().context("the listening socket")?;
+    tokio::spawn(end_unless_announced(starter, exit.clone()));
+    let listener = UnixListener::from(listener);
     let listener = Listener::try_from(listener).context("the listening socket")?;
     let task = Arc::new(TaskService::new(seat.clone(), exit.clone()));
     let mut services = create_task(task.clone());
@@ -112,6 +117,16 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
     // The answer to Shutdown is on its way; nothing else is.
     let _ = tokio::time::timeout(Duration::from_millis(100), server.shutdown()).await;
     Ok(())
+}
+
+/// Ends the shim if the process that started it has gone without having told containerd: nobody will ever
+/// come, and nobody knows of anything to clean up.
+async fn end_unless_announced(starter: OwnedFd, exit: Arc<Notify>) {
+    let announced = async { Receiver::from_owned_fd(starter)?.read_u8().await };
+    if let Err(e) = announced.await {
+        tracing::error!("containerd was never told of this shim: {e}");
+        exit.notify_one();
+    }
 }
 
 /// Begins the pod whose first container is the bundle's.

@@ -1,6 +1,6 @@
 //! The actions for which containerd runs the program and waits: `start`, `delete`, `-info`.
 
-use std::io::{Read, Write};
+use std::io::{PipeWriter, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -29,6 +29,8 @@ const MAX_INPUT: u64 = 10 << 20;
 /// deleted, and a signal that crosses the deletion fails the pod's end ("ttrpc: closed").
 const TASK_VERSION: i32 = 2;
 
+/// What the server is told once containerd has been told where it serves.
+const ANNOUNCED: &[u8] = b".";
 /// Environment variable in which the time of the start travels to the server.
 pub const STARTED: &str = "SEPAL_STARTED_US";
 
@@ -81,13 +83,14 @@ pub fn start(flags: &Flags) -> anyhow::Result<()> {
         socket = format!("unix://{}/{name}", directory.trim_end_matches('/'));
     }
     let path = PathBuf::from(socket.trim_start_matches("unix://"));
-    if member {
+    let server = if member {
         UnixStream::connect(&path)
             .with_context(|| format!("the shim of sandbox {group} does not answer"))?;
+        None
     } else {
         let ttrpc = modern.as_ref().map(|p| p.containerd_ttrpc_address.clone());
-        serve_in_background(flags, &path, ttrpc)?;
-    }
+        Some(serve_in_background(flags, &path, ttrpc)?)
+    };
     // containerd 1.7 looks for it when it restarts.
     std::fs::write(bundle.join("address"), &socket).context("the bundle's address file")?;
     let answer = match modern {
@@ -100,14 +103,22 @@ pub fn start(flags: &Flags) -> anyhow::Result<()> {
         }
         .write_to_bytes()?,
     };
-    std::io::stdout()
-        .write_all(&answer)
-        .context("standard output")?;
+    let mut output = std::io::stdout().lock();
+    let told = output.write_all(&answer).and_then(|()| output.flush());
+    told.context("standard output")?;
+    if let Some(mut server) = server {
+        server.write_all(ANNOUNCED).context("the shim's server")?;
+    }
     Ok(())
 }
 
-/// Listens first, so that containerd may connect before the server has come to accepting.
-fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> anyhow::Result<()> {
+/// Listens first, so that containerd may connect before the server has come to accepting. The server
+/// wants to be told [`ANNOUNCED`] when containerd knows of it, and ends if that cannot come any more.
+fn serve_in_background(
+    flags: &Flags,
+    path: &Path,
+    ttrpc: Option<String>,
+) -> anyhow::Result<PipeWriter> {
     let listener = listen(path)?;
     faults::at("start: listening");
     let program = std::env::current_exe().context("the shim's own program")?;
@@ -130,7 +141,8 @@ fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> any
     if std::env::var_os(STARTED).is_none() {
         command.env(STARTED, sys::monotonic_us().to_string());
     }
-    let inherited = [listener.as_fd()];
+    let (theirs, ours) = std::io::pipe().context("a pipe to the shim's server")?;
+    let inherited = [listener.as_fd(), theirs.as_fd()];
     let spawn = Spawn {
         inherited: &inherited,
         netns: Netns::Same,
@@ -140,7 +152,7 @@ fn serve_in_background(flags: &Flags, path: &Path, ttrpc: Option<String>) -> any
     };
     sys::spawn(command, &spawn).context("cannot start the shim's server")?;
     faults::at("start: spawned");
-    Ok(())
+    Ok(ours)
 }
 
 fn listen(path: &Path) -> anyhow::Result<UnixListener> {

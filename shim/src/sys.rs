@@ -32,7 +32,7 @@ pub enum Netns<'a> {
     Same,
     /// A new, empty one.
     New,
-    /// An existing one.
+    /// An existing one, by a descriptor of it or of a process in it (a pidfd).
     Join(BorrowedFd<'a>),
 }
 
@@ -504,21 +504,27 @@ pub fn monotonic_us() -> u64 {
     now.tv_sec as u64 * 1_000_000 + now.tv_nsec as u64 / 1000
 }
 
-/// Takes over the descriptor that [`spawn`] has given this process, and marks it close-on-exec.
+/// Takes over the descriptors that [`spawn`] has given this process, and marks them close-on-exec.
 ///
 /// # Errors
-/// It is not open, or was taken before.
-pub fn take_inherited() -> Result<OwnedFd> {
+/// One is not open, or they were taken before.
+pub fn take_inherited<const N: usize>() -> Result<[OwnedFd; N]> {
     static TAKEN: AtomicBool = AtomicBool::new(false);
     if TAKEN.swap(true, Ordering::Relaxed) {
         return Err(Error::from_raw_os_error(libc::EBUSY));
     }
-    // SAFETY: whoever starts this program's server gives it this descriptor for itself alone, and
-    // the flag above lets only one caller have it.
-    unsafe {
-        check(libc::fcntl(INHERITED_FD, libc::F_SETFD, libc::FD_CLOEXEC).into())?;
-        Ok(OwnedFd::from_raw_fd(INHERITED_FD))
+    let numbers = INHERITED_FD..INHERITED_FD + N as RawFd;
+    for number in numbers.clone() {
+        // SAFETY: no pointers; of a descriptor that is not open nothing comes but an error.
+        unsafe { check(libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC).into())? };
     }
+    let mut numbers = numbers;
+    Ok(std::array::from_fn(|_| {
+        let number = numbers.next().expect("as many as asked for");
+        // SAFETY: whoever starts this program's server gives it these descriptors for itself alone, they
+        // are open, and the flag above lets only one caller have them.
+        unsafe { OwnedFd::from_raw_fd(number) }
+    }))
 }
 
 /// Whether a test may do what only root can; says so if not.

@@ -287,6 +287,37 @@ async fn delete_cleans_up_after_a_killed_shim() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_shim_of_which_containerd_was_not_told_ends_and_leaves_nothing() {
+    if !is_root() {
+        return;
+    }
+    let bed = Bed::new("untold", &["sleep", "600"]).await;
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut start = bed.command_for(&bed.id, &bed.bundle(), "start");
+    assert!(!start.stdout(writer).status().unwrap().success());
+    let address = bed.address();
+    let socket = std::path::Path::new(address.trim_start_matches("unix://"));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    // The socket goes last.
+    while socket.exists() || bed.pod().exists() {
+        assert!(Instant::now() < deadline, "{}", bed.pod().display());
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains(&bed.id), "a mount is left");
+    let mut find = std::process::Command::new("pgrep");
+    let left = find.args(["-af", &bed.id]).output().unwrap().stdout;
+    let left = String::from_utf8_lossy(&left);
+    // The shim itself is about to end.
+    let left: Vec<_> = left
+        .lines()
+        .filter(|line| !line.contains("-socket"))
+        .collect();
+    assert!(left.is_empty(), "{left:#?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_start_says_why_and_leaves_nothing() {
     if !is_root() {
         return;
