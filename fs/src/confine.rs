@@ -9,6 +9,9 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use capng::{Action, Set, Type};
+use landlock::{
+    Access, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetError, Scope,
+};
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -37,8 +40,7 @@ const CAPABILITIES: [&str; 8] = [
 /// Mounts that the shim makes below the share afterwards appear here, because our copy of the share
 /// is a slave (mount_namespaces(7)) of the shim's; nothing travels the other way.
 ///
-/// The network namespace stays the pod's: the filter of system calls has no socket(2), and making an
-/// empty namespace costs more than everything else here.
+/// The network namespace stays that in which the process was started.
 ///
 /// Answers with a directory of this process's descriptors that has nothing above it: where the share is
 /// the root there is no /proc.
@@ -132,8 +134,25 @@ pub fn drop_privileges() -> anyhow::Result<()> {
     .context("cannot choose capabilities")?;
     capng::apply(Set::BOTH).context("cannot drop capabilities (root is needed)")?;
     prctl::set_no_new_privs().context("cannot set no_new_privs")?;
+    give_up_sockets().context("cannot give up the use of sockets")?;
     prctl::set_dumpable(false).context("cannot make the process undumpable")?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0).context("cannot turn core dumps off")?;
+    Ok(())
+}
+
+/// Has Landlock refuse TCP, and abstract Unix sockets and signals beyond this process, as far as this
+/// kernel has it.
+///
+/// Files are left out. What the guest may do in the share is everything; and a ruleset that knows of any
+/// right to files forbids moving them to another directory, which kernels before 5.19 cannot allow.
+fn give_up_sockets() -> Result<(), RulesetError> {
+    const ABI: landlock::ABI = landlock::ABI::V6;
+    Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessNet::from_all(ABI))?
+        .scope(Scope::from_all(ABI))?
+        .create()?
+        .restrict_self()?;
     Ok(())
 }
 

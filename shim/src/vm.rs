@@ -95,8 +95,8 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// Spawns the VMM in the pod's network namespace, and the file server, which is told whether the pod
-    /// has users of its own.
+    /// Spawns the VMM and the file server in the pod's network namespace. The file server is told whether
+    /// the pod has users of its own.
     ///
     /// # Errors
     /// A program is missing or cannot be run.
@@ -159,7 +159,9 @@ impl Vm {
         command.args(users.then_some("--users"));
         let me = sys::pidfd_open(std::process::id()).map_err(io("open our own process"))?;
         let inherited = [fs_socket.as_fd(), pressure.as_fd(), me.as_fd()];
-        let fs = start(command, &directory.join(FS_LOG), &inherited, Netns::Same);
+        // It has no use for any network; an empty namespace of its own would cost more than all its walls.
+        let netns = Netns::Join(vmm.pidfd.as_fd());
+        let fs = start(command, &directory.join(FS_LOG), &inherited, netns);
         let fs = match fs {
             Ok(fs) => fs,
             Err(e) => {
