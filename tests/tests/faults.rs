@@ -21,6 +21,8 @@ const ROOT: &str = "/run/sepal-faults";
 const AGENT_PORT: u32 = 1099;
 /// How long a client's call may take.
 const PATIENCE: Duration = seconds(30);
+/// What is said of a call that took longer.
+const UNANSWERED: &str = "the client was not answered";
 /// How long a stopped process stays so.
 const STOPPED: Duration = seconds(60);
 /// After what time a shim gives a silent agent up at the latest: `shim/src/up.rs`, with the bed's
@@ -129,7 +131,7 @@ impl<'bed> Life<'bed> {
     fn call(&self, what: &str, argv: &[&str]) -> Result<String, String> {
         let outcome = self.bed.command(argv).patience(self.patience).run();
         if outcome.took() >= self.patience {
-            return Err(format!("{what}: no answer\n{}", outcome.report()));
+            return Err(format!("{what}: {UNANSWERED}\n{}", outcome.report()));
         }
         if outcome.ok() {
             Ok(outcome.out())
@@ -337,7 +339,7 @@ impl Case {
         });
         let hurt = hurt?;
         if let Err(e) = &lived
-            && e.contains("no answer")
+            && e.contains(UNANSWERED)
         {
             return Err(e.clone());
         }
