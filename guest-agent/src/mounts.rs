@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use oci_spec::runtime::Spec;
 use sepal_protocol::agent::RootFs;
@@ -11,6 +13,7 @@ use crate::container::Surroundings;
 use crate::error::{Context, Error, Result};
 use crate::guest;
 use crate::launch;
+use crate::reaper::Reaper;
 
 /// A path below the share, given by the shim.
 pub(crate) fn share_path(below: &str) -> Result<PathBuf> {
@@ -24,6 +27,26 @@ pub(crate) fn share_path(below: &str) -> Result<PathBuf> {
         )));
     }
     Ok(Path::new(paths::guest::SHARE).join(path))
+}
+
+/// Lets go of a directory that the host is about to take out of the share.
+///
+/// The kernel keeps a name and what was below it until it asks for it again, and the file server a
+/// descriptor for each inode, and with that the host the container's root file system.
+pub(crate) async fn forget(reaper: Arc<Reaper>, directory: PathBuf) {
+    // The file server lets names be trusted for a second.
+    for seconds in [2, 8, 32] {
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+        let look = launch::aside(&reaper, "cannot look at the share", || {
+            match directory.symlink_metadata() {
+                Ok(_) => Err("it is there still".into()),
+                Err(_) => Ok(()),
+            }
+        });
+        if look.await.is_ok() {
+            return;
+        }
+    }
 }
 
 /// The container's mounts that the guest has made or that appear in the share: the root and the

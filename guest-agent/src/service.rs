@@ -32,7 +32,7 @@ use crate::stdio::{Rendezvous, Streams, window};
 use crate::stream::Listener;
 use crate::users::Users;
 use crate::volumes::Volumes;
-use crate::{cgroup, clock, guest, limits, network, plan};
+use crate::{cgroup, clock, guest, limits, mounts, network, plan};
 
 type Answer<T> = ttrpc::Result<T>;
 
@@ -234,6 +234,8 @@ impl Service {
         }
         let exit = container.delete(&self.with).await?;
         self.lock().remove(&id);
+        let directory = mounts::share_path(&id)?;
+        tokio::spawn(mounts::forget(self.with.reaper.clone(), directory));
         Ok(exit)
     }
 

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 # What each of a pod's programs may grow by in a thousand cycles, in KiB: an allocator's noise.
-ALLOWED = {"containerd": 6144, "containerd-shim": 512, "sepal-fs": 512}
+ALLOWED = {"containerd": 6144, "containerd-shim-sepal-v2": 512, "sepal-fs": 512}
 
 
 def pid_of(program, word=""):
@@ -44,7 +44,7 @@ def sample(pods):
         "containerd KiB": status(containerd, "VmRSS"),
     }
     for pod in pods:
-        for program in ("containerd-shim", "sepal-vmm", "sepal-fs"):
+        for program in ("containerd-shim-sepal-v2", "sepal-vmm", "sepal-fs"):
             pid = pid_of(program, pod)
             figures[f"{program} of {pod} descriptors"] = entries(f"/proc/{pid}/fd")
             # A VMM's is the guest's memory, which has a limit and is used up to it.
@@ -66,11 +66,11 @@ def judge(samples):
     warming up."""
     settled = samples[len(samples) // 3:]
     grown = []
-    print(f"{'':44} {'first':>9} {'last':>9} {'per 1000':>9}")
+    print(f"{'':52} {'first':>9} {'last':>9} {'per 1000':>9}")
     for name in sorted(settled[0][1]):
         points = [(cycles, figures[name]) for cycles, figures in settled]
         per_thousand = slope(points) * 1000
-        print(f"{name:44} {samples[0][1][name]:9} {points[-1][1]:9} {per_thousand:9.1f}")
+        print(f"{name:52} {samples[0][1][name]:9} {points[-1][1]:9} {per_thousand:9.1f}")
         allowed = ALLOWED.get(name.split()[0], 0) if name.endswith("KiB") else 0
         if name == "containerd descriptors":
             # Its own connections come and go; one per cycle would not.

@@ -31,6 +31,8 @@ RESTART = threading.Barrier(LANES)
 CONTAINERD = Path(__file__).resolve().parent.parent / "native" / "containerd"
 # A container's own end, in seconds after its start, and its status.
 SHORT, SHORT_STATUS = 2, 3
+# Of a shell that had not come to its trap.
+UNHANDLED = 143
 
 
 class Wrong(Exception):
@@ -63,16 +65,16 @@ class Container:
 
     def __init__(self, name, short):
         self.name, self.short = name, short
-        self.state, self.status, self.ends = "CREATED", None, None
+        self.state, self.statuses, self.ends = "CREATED", (), None
 
     def settle(self):
         """A short one ends by itself."""
         if self.ends and time.monotonic() > self.ends:
             self.end(SHORT_STATUS)
 
-    def end(self, status):
-        """It has ended; None: nobody can know how."""
-        self.state, self.status, self.ends = "EXITED", status, None
+    def end(self, *statuses):
+        """It has ended with one of these; without any nobody can know how."""
+        self.state, self.statuses, self.ends = "EXITED", statuses, None
 
     def is_sure(self):
         """Whether it is far enough from its own end to be foretold."""
@@ -103,7 +105,9 @@ class Lane:
         """A pod's."""
         key, value = self.label.split("=")
         return {"metadata": {"name": name, "uid": name, "namespace": "soak", "attempt": 0},
-                "labels": {key: value}, "log_directory": self.folder, "linux": {}}
+                "labels": {key: value}, "log_directory": self.folder,
+                # Without it containerd has no statistics of a pod.
+                "linux": {"cgroup_parent": "/soak"}}
 
     # Each of these is one call and what follows from it.
 
@@ -127,11 +131,14 @@ class Lane:
                                          "labels": {key: value}, "command": ["sh", "-c", command],
                                          "log_path": f"{name}.log", "linux": {}})
         words = ("create", pod, container, self.describe(f"{name}-pod", self.description(of["name"])))
-        if not of["ready"]:
-            must_not(*words)
-            self.refused += 1
+        if of["ready"]:
+            of["containers"][must(*words)] = Container(name, short)
             return True
-        of["containers"][must(*words)] = Container(name, short)
+        # As long as containerd has a task of the pod's it may make a note of a container, which never runs.
+        well, said = crictl(*words)
+        if well:
+            of["containers"][said] = Container(name, short)
+        self.refused += not well
         return True
 
     def start(self):
@@ -141,6 +148,9 @@ class Lane:
         if container.state != "CREATED" or not pod["ready"]:
             must_not("start", name)
             self.refused += 1
+            if container.state == "CREATED":
+                # containerd's word for one that could not be started.
+                container.end(128)
             return True
         must("start", name)
         container.state = "RUNNING"
@@ -167,9 +177,7 @@ class Lane:
         must("stop", "--timeout", "10", name)
         if container.state == "RUNNING":
             # The short one's shell does not hear of the signal before its child has ended.
-            container.end(None if container.short else 0)
-        elif container.state == "CREATED":
-            container.end(None)
+            container.end(*() if container.short else (0, UNHANDLED))
         return True
 
     def remove(self):
@@ -217,12 +225,12 @@ class Lane:
         return True
 
     def has_ended(self, pod):
-        """All of a pod's containers are no more."""
+        """What runs in a pod has ended. What was not started yet is nothing but containerd's note of it."""
         self.pods[pod]["ready"] = False
         for container in self.pods[pod]["containers"].values():
             container.settle()
-            if container.state != "EXITED":
-                container.end(None)
+            if container.state == "RUNNING":
+                container.end()
 
     def any_pod(self, which=lambda pod: True):
         """One of those that the model has."""
@@ -270,10 +278,10 @@ class Lane:
                 state = states.pop(name, "GONE")
                 if state != container.state and (container.is_sure() or state != "EXITED"):
                     return f"{name} is {state}, and should be {container.state}"
-                if state == "EXITED" and container.status is not None:
+                if state == "EXITED" and container.statuses:
                     told = json.loads(must("inspect", name))["status"]["exitCode"]
-                    if told != container.status:
-                        return f"{name} has exited {told}, and not {container.status}"
+                    if told not in container.statuses:
+                        return f"{name} has exited {told}, and not {container.statuses}"
         return f"nobody made {states}" if states else None
 
     def end(self):
