@@ -9,6 +9,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use crate::annotations::Annotations;
+use crate::sys;
 
 /// Longest run of a hook that names no time-out.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(120);
@@ -106,6 +107,7 @@ async fn run_one(stage: &'static str, hook: &Hook, state: &State) -> Result<(), 
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    sys::unlimited(command.as_std_mut());
     let input = serde_json::to_vec(state).map_err(|e| failed(e.into()))?;
     let mut child = command.spawn().map_err(failed)?;
     let limit = match hook.timeout() {

@@ -56,6 +56,7 @@ pub async fn serve(flags: &Flags, state_root: &Path) -> anyhow::Result<()> {
             asked
         },
     );
+    sys::limit_memory().context("the limit of this process's memory")?;
     timeline.note("serving");
     faults::at("serve");
 

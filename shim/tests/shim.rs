@@ -251,6 +251,31 @@ async fn the_death_of_the_vmm_or_the_file_server_is_told_once_and_soon() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_shim_has_a_limit_of_memory_and_what_it_starts_has_not() {
+    if !is_root() {
+        return;
+    }
+    let bed = Bed::new("memory", &["sleep", "600"]).await;
+    let task = bed.start().await;
+    task.create(within(), &bed.create_request()).await.unwrap();
+    let state = PodState::load(&bed.pod()).unwrap();
+    let limit = |process: ProcessRef| {
+        let limits = std::fs::read_to_string(format!("/proc/{}/limits", process.pid)).unwrap();
+        let line = limits
+            .lines()
+            .find(|line| line.starts_with("Max data size"));
+        let soft = line.unwrap().split_whitespace().nth(3).unwrap();
+        soft.to_owned()
+    };
+    assert_eq!(limit(state.shim), (256 << 20).to_string());
+    for process in [state.vmm, state.fs] {
+        assert_eq!(limit(process.unwrap()), "unlimited");
+    }
+    task.delete(within(), &delete_of(&bed.id)).await.unwrap();
+    leaves(&state.shim, 30).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn delete_cleans_up_after_a_killed_shim() {
     if !is_root() {
         return;
