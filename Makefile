@@ -11,7 +11,7 @@ export SEPAL_CACHE ?= /var/cache/sepal
 KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
-.PHONY: build programs kernel image deps lint unit fuzz e2e-native e2e-node test test-kubernetes demo bench soak faults install node-image clean
+.PHONY: build programs kernel image deps lint miri unit fuzz e2e-native e2e-node test test-kubernetes demo bench soak faults install node-image clean
 
 ## build: programs, guest kernels and guest image
 build: programs kernel image
@@ -45,11 +45,16 @@ lint: deps
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --features sepal-vmm/breach,sepal-fs/breach,sepal-shim/faults,sepal-agent/faults -- -D warnings
 	tests/tools/cargo-deny check bans licenses sources
+	tests/tools/unsafe-list
 
 unit: deps
 	cargo test --workspace --exclude sepal-tests
 	cargo test -p sepal-vmm --features breach --test breach
 	cargo test -p sepal-fs --features breach --test breach
+
+## miri: unsafe code that needs no system call, watched by Miri
+miri:
+	tests/miri
 
 ## fuzz: long runs of a fuzz target (make fuzz T=vsock FOR=3600), or of all, one after the other
 fuzz: deps

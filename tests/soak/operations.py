@@ -7,6 +7,7 @@ Two lanes, each with pods of its own, among them calls that must be refused. Now
 killed, or containerd is started again.
 """
 
+import collections
 import json
 import random
 import subprocess
@@ -31,6 +32,8 @@ RESTART = threading.Barrier(LANES)
 CONTAINERD = Path(__file__).resolve().parent.parent / "native" / "containerd"
 # A container's own end, in seconds after its start, and its status.
 SHORT, SHORT_STATUS = 2, 3
+# How many seconds later than that it may come, and be known, on a machine with much to do.
+LAG = 10
 # Of a shell that had not come to its trap.
 UNHANDLED = 143
 
@@ -69,7 +72,7 @@ class Container:
 
     def settle(self):
         """A short one ends by itself."""
-        if self.ends and time.monotonic() > self.ends:
+        if self.ends and time.monotonic() > self.ends + LAG:
             self.end(SHORT_STATUS)
 
     def end(self, *statuses):
@@ -77,7 +80,7 @@ class Container:
         self.state, self.statuses, self.ends = "EXITED", statuses, None
 
     def is_sure(self):
-        """Whether it is far enough from its own end to be foretold."""
+        """Whether it is far enough from its own end for its state to be foretold."""
         return not self.ends or self.ends - time.monotonic() > 1
 
 
@@ -89,6 +92,8 @@ class Lane:
         self.label, self.folder = f"lane={number}", folder
         self.prefix, self.serial = f"lane{number}", 0
         self.pods, self.done, self.refused = {}, {}, 0
+        # What was called last, for whoever looks for what went wrong.
+        self.history = collections.deque(maxlen=40)
 
     def describe(self, name, content):
         """A file of this name with a description."""
@@ -232,10 +237,16 @@ class Lane:
             if container.state == "RUNNING":
                 container.end()
 
+    def note(self, what):
+        """Writes down what is done, and when."""
+        self.history.append(f"{time.strftime('%X')} {what}")
+
     def any_pod(self, which=lambda pod: True):
         """One of those that the model has."""
         some = [name for name, pod in self.pods.items() if which(pod)]
-        return self.chance.choice(some) if some else None
+        name = self.chance.choice(some) if some else None
+        self.note(f"  {name}")
+        return name
 
     def any_container(self):
         """One of those that the model has, with its pod."""
@@ -243,6 +254,7 @@ class Lane:
         if not some:
             return None, None, None
         name, container, pod = self.chance.choice(some)
+        self.note(f"  {name} {container.state}")
         container.settle()
         return name, container, pod
 
@@ -251,6 +263,7 @@ class Lane:
         calls = [self.run_pod, self.create, self.create, self.start, self.start, self.execute, self.execute,
                  self.stop, self.remove, self.stop_pod, self.remove_pod, self.stats, self.kill_vmm]
         call = self.chance.choice(calls)
+        self.note(call.__name__)
         if call():
             self.done[call.__name__] = self.done.get(call.__name__, 0) + 1
             self.look()
@@ -299,12 +312,15 @@ def work(lane, until, failures):
         lane.look()
         # Half of the time containerd is started again with what there is.
         if RESTART.wait() == 0 and not failures and lane.chance.random() < 0.5:
+            lane.note("containerd is started again")
             subprocess.run([CONTAINERD, sys.argv[1], "restart"], check=True)
         RESTART.wait()
         lane.look()
         lane.end()
+    except threading.BrokenBarrierError:
+        pass
     except Exception as error:  # whatever it is, the others need not go on
-        failures.append(f"{lane.label}: {error}")
+        failures.append("\n  ".join([f"{lane.label}: {error}", *lane.history]))
         RESTART.abort()
 
 

@@ -18,9 +18,9 @@ use nix::sys::socket::{
 };
 use sepal_protocol::control::{self, Request, Response, VmState};
 use sepal_protocol::vm::{ExitCause, FdIndex};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::exit::{End, Exit};
+use crate::sys::event_fd;
 use crate::vm::{Descriptors, Vm};
 
 /// How long the guest may take to let go of a device.
@@ -109,8 +109,8 @@ impl Control {
     fn wait(&self) -> io::Result<Vec<Ready>> {
         let mut what = vec![Ready::Exit, Ready::Ejected];
         let mut fds = vec![
-            readable(event(self.exit.event())),
-            readable(event(&self.vm.ejected)),
+            readable(event_fd(self.exit.event())),
+            readable(event_fd(&self.vm.ejected)),
         ];
         if let Some(listener) = self
             .listener
@@ -330,11 +330,6 @@ impl Control {
             }
         }
     }
-}
-
-fn event(event: &EventFd) -> BorrowedFd<'_> {
-    // SAFETY: the descriptor lives as long as the EventFd whose borrow the result carries.
-    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 fn readable(fd: BorrowedFd<'_>) -> PollFd<'_> {

@@ -1,7 +1,9 @@
-//! What the program inherits, and how its C library is to behave.
+//! What the program inherits, how its C library is to behave, and a borrow that one lacks.
 
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::Mutex;
+
+use vmm_sys_util::eventfd::EventFd;
 
 static TAKEN: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 
@@ -20,14 +22,14 @@ pub fn inherited_fd(fd: RawFd) -> Option<OwnedFd> {
     // once.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     // SAFETY: as above; our own children would inherit it otherwise.
-    unsafe {
-        libc::fcntl(
-            std::os::fd::AsRawFd::as_raw_fd(&fd),
-            libc::F_SETFD,
-            libc::FD_CLOEXEC,
-        )
-    };
+    unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
     Some(fd)
+}
+
+/// Its descriptor, which the type itself does not lend.
+pub fn event_fd(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor lives as long as the EventFd whose borrow the result carries.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// Makes the C library's heap one for all threads that never shrinks. To be called while there is

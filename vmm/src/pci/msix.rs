@@ -6,7 +6,6 @@
 //! comes back.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::wires::Wires;
 use crate::kvm::Msi;
+use crate::sys::event_fd;
 
 /// Bytes of a table entry.
 pub const ENTRY: usize = 16;
@@ -165,9 +165,7 @@ impl Drop for Msix {
 }
 
 fn readable(event: &EventFd) -> bool {
-    // SAFETY: the descriptor lives as long as `event`, which outlives the borrow.
-    let fd = unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) };
-    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    let mut fds = [PollFd::new(event_fd(event), PollFlags::POLLIN)];
     matches!(poll(&mut fds, PollTimeout::ZERO), Ok(1))
 }
 

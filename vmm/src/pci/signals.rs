@@ -3,12 +3,13 @@
 //! Shared between the transport (vCPU threads) and the worker; no locks, so that an interrupt never
 //! waits for the guest's configuration accesses.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::sys::event_fd;
 use crate::virtio::device::Interrupt;
 
 /// VIRTIO_MSI_NO_VECTOR.
@@ -130,7 +131,6 @@ impl Interrupt for Signals {
 
     fn used_fd(&self, index: u16) -> Option<BorrowedFd<'_>> {
         let event = self.events.get(usize::from(self.queue_vector(index)))?;
-        // SAFETY: the descriptor lives as long as `self.events`, whose borrow the result carries.
-        Some(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) })
+        Some(event_fd(event))
     }
 }

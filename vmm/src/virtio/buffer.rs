@@ -323,3 +323,36 @@ impl<'m> Writer<'m> {
         self.0.advance(result)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// On plain memory and without a system call, so that Miri can watch (`tests/miri`).
+    #[test]
+    fn pieces_are_read_and_written_in_order_and_never_beyond_their_ends() {
+        let mut ram = [0_u8; 64];
+        let (low, high) = ram.split_at_mut(32);
+        // Out of order and with gaps. None is ever empty: the ring leaves those out.
+        let pieces = [&mut high[4..11], &mut low[9..20]];
+        let pieces = pieces.map(VolatileSlice::from);
+
+        let mut writer = Writer::new();
+        pieces.iter().for_each(|piece| writer.push(piece));
+        assert_eq!(writer.write(b"ab"), 2);
+        let mut front = writer.take(6);
+        assert_eq!((front.len(), writer.len()), (6, 10));
+        assert_eq!(front.write(b"cdefghi"), 6);
+        writer.skip(1);
+        assert_eq!(writer.write(b"0123456789"), 9);
+        assert!(writer.is_empty());
+
+        let mut reader = Reader::new();
+        pieces.iter().for_each(|piece| reader.push(piece));
+        assert_eq!(reader.read_array(), Some(*b"abcde"));
+        let mut rest = [0; 20];
+        assert_eq!(reader.read(&mut rest), 13);
+        assert_eq!(&rest[..13], b"fgh\x00012345678");
+        assert_eq!(reader.read_array::<1>(), None);
+    }
+}

@@ -6,7 +6,7 @@
 //! lives on. Stopping joins the thread, so that afterwards nothing of it touches guest memory.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::{ActivateError, DeviceType, Interrupt};
 use super::error::DeviceError;
+use crate::sys::event_fd;
 
 /// Confines the calling thread to what a device of this type needs.
 pub type ThreadFilter = dyn Fn(DeviceType) -> io::Result<()> + Send + Sync;
@@ -69,9 +70,8 @@ impl Waits {
     /// # Errors
     /// epoll_ctl(2).
     pub fn add_kick(&self, kick: &EventFd, token: u64) -> io::Result<()> {
-        // SAFETY: the EventFd outlives the borrow, which ends with this call.
-        let fd = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(kick)) };
-        self.add(fd, EpollFlags::EPOLLIN | EpollFlags::EPOLLET, token)
+        let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLET;
+        self.add(event_fd(kick), flags, token)
     }
 
     /// Watches a descriptor.
@@ -149,11 +149,9 @@ impl Worker {
             .map_err(|e| ActivateError::Worker(e.into()))?;
         let waits = Waits { epoll };
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(ActivateError::Worker)?;
-        // SAFETY: `stop` lives until after this call.
-        let fd = unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&stop)) };
         waits
             .epoll
-            .add(fd, EpollEvent::new(EpollFlags::EPOLLIN, STOP))
+            .add(event_fd(&stop), EpollEvent::new(EpollFlags::EPOLLIN, STOP))
             .map_err(|e| ActivateError::Worker(e.into()))?;
         #[cfg(feature = "testing")]
         if super::inline::is_wanted() {
