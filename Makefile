@@ -11,7 +11,7 @@ export SEPAL_CACHE ?= /var/cache/sepal
 KERNELS ?= all
 BIN := $(CARGO_TARGET_DIR)/x86_64-unknown-linux-gnu/release
 
-.PHONY: build programs kernel image deps lint miri unit fuzz e2e-native e2e-node test test-kubernetes demo bench soak faults install node-image clean
+.PHONY: build programs kernel image deps lint miri unit fuzz e2e-native e2e-node test test-kubernetes demo bench soak hostile faults install node-image clean
 
 ## build: programs, guest kernels and guest image
 build: programs kernel image
@@ -72,6 +72,10 @@ test-kubernetes: build
 ## bench: start-up, memory, file and network figures side by side with runc; writes JSON
 bench: build
 	tests/bench/run
+
+## hostile: a guest that does its worst to each of its devices, ten minutes each, beside a pod that is asked
+hostile: build
+	tests/hostile/run $(FOR)
 
 ## soak: thousands of containers and an hour of CRI calls chosen by chance; shows what grows
 soak: build

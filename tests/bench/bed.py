@@ -58,7 +58,7 @@ class Bed:
         self.fast = kind == "native"
 
     def __enter__(self):
-        os.environ.update(SEPAL_BED_NAME="bench", SEPAL_NODE_NAME="bench", SEPAL_NODE_ICOUNT="1")
+        os.environ.update(SEPAL_BED_NAME=os.environ.get("SEPAL_BED_NAME", "bench"), SEPAL_NODE_NAME="bench", SEPAL_NODE_ICOUNT="1")
         for setup in (("tools", "fetch"), ("images", "build")):
             subprocess.run([TESTS.joinpath(*setup)], check=True)
         subprocess.run([self.control, "up"], check=True)
