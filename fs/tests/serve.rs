@@ -5,8 +5,11 @@ mod guest;
 
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use guest::*;
+use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::mount::{MntFlags, umount2};
 
 #[test]
@@ -222,6 +225,57 @@ fn nothing_outside_the_share_can_be_reached() {
     let out = guest.lookup(ROOT, "out").unwrap();
     assert_eq!(out.attr.mode & libc::S_IFMT, libc::S_IFLNK);
     assert!(guest.open(out.node, libc::O_RDONLY).is_err());
+}
+
+#[test]
+fn names_that_change_while_they_are_looked_at_lead_nowhere_else() {
+    let share = Share::new();
+    let (top, outside) = (share.writable(), share.path().join(".."));
+    std::fs::write(outside.join("file"), "the host's").unwrap();
+    std::fs::create_dir(top.join("swapped")).unwrap();
+    std::fs::write(top.join("swapped/file"), "the guest's").unwrap();
+    // To where it leads on the host, and to where it would from the volume's own place there.
+    for (name, target) in [("absolute", outside.as_path()), ("above", "..".as_ref())] {
+        std::os::unix::fs::symlink(target, top.join(name)).unwrap();
+    }
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+
+    let end = Instant::now() + Duration::from_secs(20);
+    let over = AtomicBool::new(false);
+    let (mut directories, mut links) = (0, 0);
+    std::thread::scope(|scope| {
+        // As another thread of the guest's would, or another pod that has the volume, and quicker.
+        scope.spawn(|| {
+            let (swapped, flags) = (top.join("swapped"), RenameFlags::RENAME_EXCHANGE);
+            while !over.load(Ordering::Relaxed) && Instant::now() < end {
+                for link in ["absolute", "above"].map(|name| top.join(name)) {
+                    for _ in 0..2 {
+                        renameat2(AT_FDCWD, &swapped, AT_FDCWD, &link, flags).unwrap();
+                    }
+                }
+            }
+        });
+        while directories < 500 || links < 500 {
+            assert!(Instant::now() < end, "{directories} and {links}");
+            let Ok(swapped) = guest.lookup(guest.top, "swapped") else {
+                continue;
+            };
+            match guest.lookup(swapped.node, "file") {
+                Ok(file) => {
+                    directories += 1;
+                    let handle = guest.open(file.node, libc::O_RDONLY).unwrap();
+                    let read = guest.read(file.node, handle, 0, 100).unwrap();
+                    assert_eq!(read, b"the guest's");
+                    let release = longs(&[handle, 0, 0]);
+                    guest.call(RELEASE, file.node, &release, 0).unwrap();
+                }
+                Err(libc::ENOTDIR) => links += 1,
+                Err(e) => panic!("{}", std::io::Error::from_raw_os_error(e)),
+            }
+        }
+        over.store(true, Ordering::Relaxed);
+    });
 }
 
 #[test]
