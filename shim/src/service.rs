@@ -95,8 +95,9 @@ impl Pod {
         drop(order);
     }
 
-    /// Notes and publishes the end of a process, which happens once. Called with its `order` held.
-    fn tell_end(&self, container: &Container, process: &Process, exit: Exit) {
+    /// Notes and publishes the end of a process, which happens once. Answers with how it has ended: as is
+    /// said here, or as was said before. Called with its `order` held.
+    fn tell_end(&self, container: &Container, process: &Process, exit: Exit) -> Exit {
         if process.advance(Phase::Stopped(exit)) {
             self.events.publish(TaskExit {
                 container_id: process.container.clone(),
@@ -107,6 +108,10 @@ impl Pod {
                 ..Default::default()
             });
             faults::at("exit: told");
+        }
+        match process.phase() {
+            Phase::Stopped(exit) => exit,
+            _ => exit,
         }
     }
 
@@ -329,29 +334,12 @@ impl Pod {
     pub async fn delete(&self, id: &str, exec: &str) -> Result<(u32, Exit)> {
         let process = self.container(id)?.process(exec)?;
         faults::at("delete");
+        if !exec.is_empty() {
+            return self.delete_exec(&process).await;
+        }
         // A start that is under way comes to its end first, and so does another deletion.
         let (mut order, container) = self.undeleted(&process).await?;
         let pid = container.pid;
-        if !exec.is_empty() {
-            let exit = match process.phase() {
-                Phase::Stopped(exit) => exit,
-                // Asked for, never started.
-                Phase::Created => Exit::now(0),
-                phase => {
-                    return Err(Error::WrongState {
-                        action: "delete",
-                        state: phase.name(),
-                    });
-                }
-            };
-            process.close_streams().await;
-            if let Ok(up) = self.up().await {
-                // It may never have come to the guest.
-                let _ = self.call(&up, up.agent.delete_process(&process.id())).await;
-            }
-            container.remove_exec(exec);
-            return Ok((pid, exit));
-        }
         let exit = match process.phase() {
             Phase::Stopped(exit) => exit,
             Phase::Created => {
@@ -361,11 +349,7 @@ impl Pod {
                 self.end_unstarted(&process).await;
                 (order, _) = self.undeleted(&process).await?;
                 // Unless the guest has not ended it.
-                self.tell_end(&container, &process, Exit::now(KILLED));
-                match process.phase() {
-                    Phase::Stopped(exit) => exit,
-                    _ => Exit::now(KILLED),
-                }
+                self.tell_end(&container, &process, Exit::now(KILLED))
             }
             phase => {
                 return Err(Error::WrongState {
@@ -409,6 +393,28 @@ impl Pod {
         faults::at("delete: told");
         drop(order);
         Ok((pid, exit))
+    }
+
+    async fn delete_exec(&self, process: &Arc<Process>) -> Result<(u32, Exit)> {
+        let (_order, container) = self.undeleted(process).await?;
+        let exit = match process.phase() {
+            Phase::Stopped(exit) => exit,
+            // Asked for, never started.
+            Phase::Created => Exit::now(0),
+            phase => {
+                return Err(Error::WrongState {
+                    action: "delete",
+                    state: phase.name(),
+                });
+            }
+        };
+        process.close_streams().await;
+        if let Ok(up) = self.up().await {
+            // It may never have come to the guest.
+            let _ = self.call(&up, up.agent.delete_process(&process.id())).await;
+        }
+        container.remove_exec(&process.exec);
+        Ok((container.pid, exit))
     }
 
     /// Waits until nobody starts, ends or deletes the process.
