@@ -45,15 +45,40 @@ pub struct Creation {
     pub no_pivot: bool,
 }
 
+/// An id that nobody else may make a container of, as long as this is there.
+struct Name<'a> {
+    pod: &'a Pod,
+    id: String,
+}
+
+impl<'a> Name<'a> {
+    fn take(pod: &'a Pod, id: &str) -> Result<Self> {
+        let id = id.to_owned();
+        // Whoever makes a container puts it among these before it gives its name back.
+        let free = lock(&pod.creating).insert(id.clone());
+        let name = free.then(|| Self {
+            pod,
+            id: id.clone(),
+        });
+        let exists = lock(&pod.containers).contains_key(&id);
+        name.filter(|_| !exists)
+            .ok_or(Error::ContainerExists { id })
+    }
+}
+
+impl Drop for Name<'_> {
+    fn drop(&mut self) {
+        lock(&self.pod.creating).remove(&self.id);
+    }
+}
+
 impl Pod {
     /// Makes a container; its init does not run yet.
     ///
     /// # Errors
     /// The pod or the container cannot be made. Nothing of it is left then.
     pub async fn create(self: &Arc<Self>, mut asked: Creation) -> Result<u32> {
-        if lock(&self.containers).contains_key(&asked.id) {
-            return Err(Error::ContainerExists { id: asked.id });
-        }
+        let _name = Name::take(self, &asked.id)?;
         if self.is_removing() {
             return Err(Error::Removing);
         }
@@ -180,15 +205,7 @@ impl Pod {
             hook_state,
             on_host,
         );
-        {
-            let mut containers = lock(&self.containers);
-            if containers.contains_key(&asked.id) {
-                return Err(Error::ContainerExists {
-                    id: asked.id.clone(),
-                });
-            }
-            containers.insert(asked.id.clone(), container.clone());
-        }
+        lock(&self.containers).insert(asked.id.clone(), container.clone());
         if let Some(streams) = init.streams() {
             streams.feed();
         }

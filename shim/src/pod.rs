@@ -1,7 +1,7 @@
 //! A pod: its VM's life from the shim's start to the last trace's removal, in this file from top to
 //! bottom. What containerd asks of containers in between is in [`crate::service`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::DirBuilder;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, chown};
@@ -98,6 +98,8 @@ pub struct Pod {
     pub timeline: Timeline,
     /// Its containers by their ids.
     pub containers: Mutex<BTreeMap<String, Arc<Container>>>,
+    /// The ids of those that are being made.
+    pub creating: Mutex<BTreeSet<String>>,
     /// What the node's administrator wants.
     pub config: Config,
     /// What the pod shall be.
@@ -191,6 +193,7 @@ impl Pod {
             events,
             timeline,
             containers: Mutex::default(),
+            creating: Mutex::default(),
             config,
             spec,
             created_at,

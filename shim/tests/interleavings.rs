@@ -23,6 +23,7 @@ use common::bed::{
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
+use containerd_shim_protos::sandbox_api::StopSandboxRequest;
 use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_protos::ttrpc::{self, Code};
 use sepal_protocol::state::PodState;
@@ -477,6 +478,47 @@ async fn whatever_order_calls_come_in_a_process_has_one_life_and_containerd_is_t
         wrong.join("\n\n")
     );
     println!("{count} scripts");
+    shut_down(&bed, &sandbox, state.shim).await;
+    remove_parents(&state);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_creations_of_one_container_one_succeeds_and_the_other_does_no_harm() {
+    if !is_root() {
+        return;
+    }
+    let bed = Bed::new("twice", &[]).await;
+    let (sandbox, task) = bed.start_sandbox().await;
+    start_sandbox(&bed, &sandbox).await;
+    let state = PodState::load(&bed.pod()).unwrap();
+    for number in 0..20 {
+        let member = bed.member_of_name(&format!("m{number}"), &["sleep", "600"]);
+        let (first, second) = tokio::join!(
+            task.create(within(), &member),
+            task.create(within(), &member)
+        );
+        let refused = match (first, second) {
+            (Ok(_), Err(refused)) | (Err(refused), Ok(_)) => code(refused),
+            (first, second) => panic!("{first:?}, {second:?}"),
+        };
+        assert_eq!(refused.0, Code::ALREADY_EXISTS, "{}", refused.1);
+        let root = bed.pod().join("share").join(&member.id).join("rootfs");
+        assert!(
+            root.is_dir(),
+            "the other creation has taken {} away",
+            root.display()
+        );
+        task.start(within(), &start_of(&member.id)).await.unwrap();
+        let again = code(task.create(within(), &member).await.unwrap_err());
+        assert_eq!(again.0, Code::ALREADY_EXISTS, "{}", again.1);
+    }
+    let request = StopSandboxRequest {
+        sandbox_id: bed.id.clone(),
+        timeout_secs: 0,
+        ..Default::default()
+    };
+    sandbox.stop_sandbox(within(), &request).await.unwrap();
+    bed.assert_nothing_left(&state);
     shut_down(&bed, &sandbox, state.shim).await;
     remove_parents(&state);
 }
