@@ -17,8 +17,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::bed::{
-    Bed, Told, code, create_of, delete_of, description, is_root, remove_parents, shut_down,
-    start_of, start_sandbox, within,
+    Bed, Told, code, delete_of, is_root, remove_parents, shut_down, start_of, start_sandbox, within,
 };
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::protobuf::MessageField;

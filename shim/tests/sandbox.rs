@@ -9,12 +9,11 @@ use std::time::Duration;
 
 use common::bed::{
     Bed, code, create_of, delete_of, description, is_root, kill, remove_parents, shut_down,
-    start_of, start_sandbox, wait_for_end, wait_of, within,
+    start_of, start_sandbox, wait_of, within,
 };
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
-use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::protobuf::{Message, MessageField};
+use containerd_shim_protos::protobuf::Message;
 use containerd_shim_protos::sandbox_api::*;
 use containerd_shim_protos::sandbox_async::SandboxClient;
 use containerd_shim_protos::ttrpc::Code;
