@@ -58,7 +58,7 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 pub const RAM_UNIT: u64 = 2 * MIB;
 /// Less than this no kernel of ours boots in.
 pub const MIN_RAM: u64 = 64 * MIB;
-/// 1 TiB: what a 40-bit physical address space leaves room for beside the PCI window.
+/// With the hole and the PCI window beside it this fits into a physical address space of 40 bits.
 pub const MAX_RAM: u64 = 512 * GIB;
 /// Bytes of the PCI window above RAM.
 pub const MMIO64_SIZE: u64 = 64 * GIB;
@@ -580,3 +580,7 @@ fn advise(region: &MmapRegion, advice: i32) {
 #[cfg(test)]
 #[path = "memory_test.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "memory_model_test.rs"]
+mod model;

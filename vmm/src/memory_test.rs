@@ -1,7 +1,7 @@
 use super::*;
 use vm_memory::GuestMemoryBackend;
 
-fn spec(size: u64) -> MemorySpec {
+pub fn spec(size: u64) -> MemorySpec {
     MemorySpec {
         size,
         max: 0,

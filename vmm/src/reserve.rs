@@ -144,10 +144,11 @@ impl Reserve {
     /// # Errors
     /// More than there is room for, or the host refuses.
     pub fn grant(&mut self, bytes: u64, machine: &Machine) -> Result<u64, GrantError> {
-        let wanted = bytes.next_multiple_of(self.unit);
-        if wanted > self.size {
+        if bytes > self.size {
             return Err(io::Error::from(io::ErrorKind::InvalidInput).into());
         }
+        // This cannot overflow: the size is a multiple of the unit.
+        let wanted = bytes.next_multiple_of(self.unit);
         if wanted > self.granted {
             if !self.hugepages {
                 self.file.set_len(wanted)?;
@@ -255,5 +256,19 @@ mod tests {
         assert_eq!(reserve.grant(0, &machine).unwrap(), 3 * BLOCK);
         assert_eq!(reserve.file.metadata().unwrap().len(), 3 * BLOCK);
         assert!(reserve.grant(GIB, &machine).is_err());
+    }
+
+    #[test]
+    fn a_grant_that_cannot_be_rounded_up_to_blocks_is_refused() {
+        let Ok(host) = kvm::Host::open() else {
+            eprintln!("skipped: no usable /dev/kvm on this machine");
+            return;
+        };
+        let machine = host.create_machine().unwrap();
+        let mut reserve = Reserve::new(&spec(256 * MIB, GIB), 46).unwrap().unwrap();
+        for bytes in [u64::MAX, u64::MAX - BLOCK + 2] {
+            assert!(reserve.grant(bytes, &machine).is_err(), "{bytes}");
+        }
+        assert_eq!(reserve.grant(0, &machine).unwrap(), 0);
     }
 }

@@ -1,109 +1,11 @@
-//! The device over its ring. Its region is the test guest's upper RAM, so that what is given back is
-//! seen in the blocks of the memfd behind it.
-
-use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
-
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+//! The device over its ring: what is plugged, what is refused, and what comes back.
 
 use super::device::{ActivateError, DeviceType, VirtioDevice};
-use super::mem::{BLOCK, Control, Mem};
-use super::testing::{DriverQueue, Guest, HOLE, readable, writable};
-
-const REGION: u64 = HOLE.1;
-/// Blocks of the region.
-const COUNT: u64 = 8;
-
-const PLUG: u16 = 0;
-const UNPLUG: u16 = 1;
-const UNPLUG_ALL: u16 = 2;
-const STATE: u16 = 3;
-
-const ACK: u16 = 0;
-const NACK: u16 = 1;
-const ERROR: u16 = 3;
-
-struct Driver {
-    guest: Guest,
-    queue: DriverQueue,
-    control: Arc<Control>,
-    device: Mem,
-}
-
-/// A driver that may plug `requested` blocks of the first `usable`.
-fn driver(requested: u64, usable: u64) -> Driver {
-    let mut device = Mem::new(REGION, COUNT * BLOCK, false);
-    let control = device.control();
-    assert!(!control.request(requested * BLOCK, usable * BLOCK));
-    let mut guest = Guest::new(1);
-    let queue = guest.queue(0, 16);
-    guest.activate(&mut device, &[&queue], 0);
-    Driver {
-        guest,
-        queue,
-        control,
-        device,
-    }
-}
-
-fn request(kind: u16, gpa: u64, blocks: u16) -> Vec<u8> {
-    let mut bytes = vec![0; 24];
-    bytes[..2].copy_from_slice(&kind.to_le_bytes());
-    bytes[8..16].copy_from_slice(&gpa.to_le_bytes());
-    bytes[16..18].copy_from_slice(&blocks.to_le_bytes());
-    bytes
-}
-
-impl Driver {
-    fn send(&mut self, bytes: &[u8]) -> [u16; 2] {
-        let at = self.guest.place(bytes);
-        let answer = self.guest.place(&[0xee; 10]);
-        let written = self
-            .queue
-            .request(&[readable(at, bytes.len()), writable(answer, 10)]);
-        assert_eq!(written, 10);
-        let answer = self.guest.read(answer, 10);
-        assert_eq!(answer[2..8], [0; 6]);
-        [0, 8].map(|at| u16::from_le_bytes([answer[at], answer[at + 1]]))
-    }
-
-    /// A request for blocks of the region; the answer's type.
-    fn ask(&mut self, kind: u16, first: u64, blocks: u16) -> u16 {
-        self.send(&request(kind, REGION + first * BLOCK, blocks))[0]
-    }
-
-    fn state(&mut self, first: u64, blocks: u16) -> [u16; 2] {
-        self.send(&request(STATE, REGION + first * BLOCK, blocks))
-    }
-
-    fn config(&self) -> Vec<u64> {
-        let mut config = [0; 56];
-        self.device.read_config(0, &mut config);
-        let words = config.chunks_exact(8);
-        words
-            .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
-            .collect()
-    }
-
-    /// Writes to a page of each of some blocks.
-    fn touch(&self, first: u64, blocks: u64) {
-        for block in first..first + blocks {
-            let gpa = GuestAddress(REGION + block * BLOCK + 4096);
-            self.guest.memory.write_obj(7_u8, gpa).unwrap();
-        }
-    }
-
-    fn touched(&self, block: u64) -> bool {
-        self.guest.read(REGION + block * BLOCK + 4096, 1) == [7]
-    }
-
-    /// Bytes that RAM takes from the host.
-    fn resident(&self) -> u64 {
-        let region = self.guest.memory.iter().next().unwrap();
-        let file = region.file_offset().unwrap().file();
-        file.metadata().unwrap().blocks() * 512
-    }
-}
+use super::mem::{BLOCK, Mem};
+use super::mem_test_driver::{
+    ACK, COUNT, ERROR, NACK, PLUG, REGION, STATE, UNPLUG, UNPLUG_ALL, driver, request,
+};
+use super::testing::{Guest, readable, writable};
 
 #[test]
 fn the_driver_finds_the_region_and_what_is_asked_of_it() {

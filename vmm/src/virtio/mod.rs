@@ -40,11 +40,17 @@ mod balloon_test;
 #[cfg(test)]
 mod blk_test;
 #[cfg(test)]
+mod buffer_model_test;
+#[cfg(test)]
 mod fs_test;
 #[cfg(test)]
 mod fs_test_backend;
 #[cfg(test)]
+mod mem_model_test;
+#[cfg(test)]
 mod mem_test;
+#[cfg(test)]
+mod mem_test_driver;
 #[cfg(test)]
 mod ring_test;
 #[cfg(test)]

@@ -4,11 +4,12 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
+use proptest::test_runner::Config;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -17,6 +18,38 @@ use super::device::{Activation, ActiveQueue, Interrupt, VirtioDevice};
 
 /// How long a test waits for what must come.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// For properties: so many cases, or as many as PROPTEST_CASES says. A failure is printed and leaves no
+/// file, and one that takes [`PATIENCE`] to be seen is not made smaller for hours.
+pub fn cases(count: u32) -> Config {
+    Config {
+        cases: count,
+        failure_persistence: None,
+        max_shrink_iters: 20_000,
+        max_shrink_time: 60_000,
+        ..Config::default()
+    }
+}
+
+/// Bytes that do not repeat (xorshift), so that lost, doubled or swapped ones are seen.
+pub struct Noise(pub u64);
+
+impl Noise {
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
+        }
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        self.fill(&mut bytes);
+        bytes
+    }
+}
 
 /// Descriptor flags (virtio 1.2, 2.7.5).
 pub const NEXT: u16 = 1;
@@ -91,8 +124,7 @@ impl Interrupt for TestInterrupt {
 
     fn used_fd(&self, index: u16) -> Option<BorrowedFd<'_>> {
         let call = self.calls.get(usize::from(index))?;
-        // SAFETY: the eventfd lives as long as `self`.
-        Some(unsafe { BorrowedFd::borrow_raw(call.as_raw_fd()) })
+        Some(crate::sys::event_fd(call))
     }
 }
 

@@ -15,6 +15,12 @@ pub mod table;
 #[cfg(test)]
 mod vsock_hostile_test;
 #[cfg(test)]
+mod vsock_model_test;
+#[cfg(test)]
+mod vsock_model_test_stream;
+#[cfg(test)]
+mod vsock_model_test_wires;
+#[cfg(test)]
 mod vsock_test;
 #[cfg(test)]
 mod vsock_test_driver;

@@ -11,9 +11,9 @@ use sepal_protocol::ports::GUEST_CID;
 
 use super::connection::{BUFFER, Ports};
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
-use super::vsock_test_driver::{Driver, NOTHING, Noise, read_all};
+use super::vsock_test_driver::{Driver, NOTHING, read_all};
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::testing::PATIENCE;
+use crate::virtio::testing::{Noise, PATIENCE};
 
 #[test]
 fn the_driver_reads_its_context_id() {

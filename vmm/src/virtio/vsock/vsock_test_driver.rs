@@ -218,17 +218,3 @@ pub fn read_all(mut stream: &UnixStream) -> Vec<u8> {
     stream.read_to_end(&mut bytes).unwrap();
     bytes
 }
-
-/// Bytes that do not repeat (xorshift), so that lost, doubled or swapped ones are seen.
-pub struct Noise(pub u64);
-
-impl Noise {
-    pub fn fill(&mut self, bytes: &mut [u8]) {
-        for chunk in bytes.chunks_mut(8) {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
-        }
-    }
-}
