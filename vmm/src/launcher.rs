@@ -3,6 +3,7 @@
 //! A device is configured by vCPU threads, but a thread inherits the system call filter of the one
 //! that starts it: were workers started by vCPUs, vCPUs could do whatever a worker can. So the
 //! transport sends the device here, where it is activated or reset, and waits for it to come back.
+//! Jobs are done one after the other.
 
 use std::io;
 use std::sync::Mutex;
@@ -58,15 +59,19 @@ impl Launcher {
         job: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Gone> {
         let (result, returned) = sync_channel(1);
-        let job = Box::new(move || {
+        self.post(move || {
             let _ = result.send(job());
-        });
-        self.jobs
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .send(job)
-            .map_err(|_| Gone)?;
+        })?;
         returned.recv().map_err(|_| Gone)
+    }
+
+    /// Has `job` run there, before all that is asked for later.
+    ///
+    /// # Errors
+    /// [`Gone`].
+    pub fn post(&self, job: impl FnOnce() + Send + 'static) -> Result<(), Gone> {
+        let jobs = self.jobs.lock().unwrap_or_else(|e| e.into_inner());
+        jobs.send(Box::new(job)).map_err(|_| Gone)
     }
 }
 
@@ -85,6 +90,19 @@ mod tests {
         let launcher = Launcher::start().unwrap();
         let name = launcher.call(|| std::thread::current().name().map(str::to_owned));
         assert_eq!(name.unwrap().as_deref(), Some("devices"));
+    }
+
+    #[test]
+    fn what_was_posted_is_done_before_what_is_called_for() {
+        let launcher = Launcher::start().unwrap();
+        let (done, posted) = channel();
+        launcher
+            .post(move || {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                let _ = done.send(());
+            })
+            .unwrap();
+        assert!(launcher.call(move || posted.try_recv()).unwrap().is_ok());
     }
 
     #[test]

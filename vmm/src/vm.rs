@@ -14,7 +14,7 @@ use std::thread;
 use anyhow::{Context, Result, anyhow, bail};
 use kvm_bindings::CpuId;
 use sepal_protocol::ports::GUEST_CID;
-use sepal_protocol::vm::{BlkSpec, FdIndex, KernelSpec, KvmFlavour, NetSpec, VmSpec};
+use sepal_protocol::vm::{BlkSpec, ExitCause, FdIndex, KernelSpec, KvmFlavour, NetSpec, VmSpec};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -361,9 +361,6 @@ pub fn boot(
             for (gpa, region) in &ram.regions {
                 machine.add_memory(*gpa, Backing::Ram(region.clone()))?;
             }
-            if let Some((gpa, image)) = &image {
-                machine.add_memory(*gpa, Backing::Image(image.clone()))?;
-            }
             Ok(clock::now())
         });
         let pmem = image
@@ -380,6 +377,18 @@ pub fn boot(
     let (loaded, loaded_at) = loaded?;
     let (kernel, initrd) = loaded?;
     stages.at("kernel-loaded", loaded_at);
+
+    if let Some((gpa, image)) = image {
+        // Not waited for: the guest reads it when its device has been started, which is this thread's
+        // next job at the earliest.
+        let (machine, exit) = (machine.clone(), exit.clone());
+        builder.launcher.post(move || {
+            if let Err(e) = machine.add_memory(gpa, Backing::Image(image)) {
+                let reason = format!("cannot show the guest its image: {e}");
+                exit.end(ExitCause::Internal, reason);
+            }
+        })?;
+    }
 
     let rsdp = acpi::write(&ram.memory, &ram.layout, spec.cpus.max)?;
     let command_line = cmdline::build(spec, flavour);
