@@ -1,6 +1,8 @@
 //! Pods of several containers, as CRI describes them and ctr makes them.
 
-use sepal_tests::{Bed, Container, Outcome};
+use std::time::Instant;
+
+use sepal_tests::{Bed, Container, Outcome, PodProcess, seconds};
 
 /// Option of ctr's: the PID namespace of a process of the host.
 fn processes_of(pid: u32) -> String {
@@ -50,6 +52,39 @@ fn each_container_has_a_pid_on_the_host_by_which_its_files_are_found() {
     one.remove();
     bed.sh(&format!("test ! -e /proc/{gone}")).run().success();
     assert_eq!(two.exec(["cat", "/mark"]).success().out(), "two");
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
+fn containers_that_are_gone_cost_the_file_server_nothing() {
+    let bed = Bed::get();
+    if !bed.has_vm() {
+        return;
+    }
+    let pod = bed.ctr_pod(&[]);
+    let server = pod.sandbox().pid_of(&bed, PodProcess::Fs);
+    let descriptors = || {
+        let list = bed.command(["ls", &format!("/proc/{server}/fd")]).run();
+        list.success().out().lines().count()
+    };
+    let member = || pod.member(&[], &bed.busybox(), &["sleep", "1000"]).remove();
+    // What is opened once for all.
+    member();
+    std::thread::sleep(seconds(4));
+    let before = descriptors();
+    for _ in 0..5 {
+        member();
+    }
+    // The guest looks again after two seconds, and then after eight.
+    let end = Instant::now() + bed.scaled(seconds(20), seconds(120));
+    while descriptors() > before + 2 {
+        assert!(
+            Instant::now() < end,
+            "{} are open, {before} were",
+            descriptors()
+        );
+        std::thread::sleep(seconds(1));
+    }
 }
 
 #[test]
