@@ -334,6 +334,20 @@ impl Bed {
     }
 }
 
+/// A test that fails leaves nothing, either.
+impl Drop for Bed {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        if let Ok(state) = PodState::load(&self.pod()) {
+            let pid = nix::unistd::Pid::from_raw(state.shim.pid as i32);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+        }
+        self.shim("delete");
+    }
+}
+
 /// A pod as CRI describes it, in a cgroup of the test's own.
 pub fn description(bed: &Bed) -> PodSandboxConfig {
     let mut config = PodSandboxConfig {
