@@ -35,6 +35,7 @@ fn run() -> anyhow::Result<()> {
         .enable_all()
         .thread_keep_alive(std::time::Duration::from_millis(500))
         .thread_stack_size(512 << 10)
+        // Their stacks count to the limit of its own memory (`sys::limit_memory`).
         .max_blocking_threads(64)
         .build()?;
     match flags.action.as_str() {

@@ -340,9 +340,9 @@ impl Pod {
         // A start that is under way comes to its end first, and so does another deletion.
         let (mut order, container) = self.undeleted(&process).await?;
         let pid = container.pid;
-        let exit = match process.phase() {
-            Phase::Stopped(exit) => exit,
-            Phase::Created => {
+        let exit = match deletable(&process)? {
+            Some(exit) => exit,
+            None => {
                 process.condemn();
                 // Whoever watches it tells its end.
                 drop(order);
@@ -350,12 +350,6 @@ impl Pod {
                 (order, _) = self.undeleted(&process).await?;
                 // Unless the guest has not ended it.
                 self.tell_end(&container, &process, Exit::now(KILLED))
-            }
-            phase => {
-                return Err(Error::WrongState {
-                    action: "delete",
-                    state: phase.name(),
-                });
             }
         };
         process.close_streams().await;
@@ -397,17 +391,8 @@ impl Pod {
 
     async fn delete_exec(&self, process: &Arc<Process>) -> Result<(u32, Exit)> {
         let (_order, container) = self.undeleted(process).await?;
-        let exit = match process.phase() {
-            Phase::Stopped(exit) => exit,
-            // Asked for, never started.
-            Phase::Created => Exit::now(0),
-            phase => {
-                return Err(Error::WrongState {
-                    action: "delete",
-                    state: phase.name(),
-                });
-            }
-        };
+        // Asked for, never started.
+        let exit = deletable(process)?.unwrap_or_else(|| Exit::now(0));
         process.close_streams().await;
         if let Ok(up) = self.up().await {
             // It may never have come to the guest.
@@ -545,6 +530,18 @@ impl Pod {
         self.call(&up, up.agent.resize_terminal(&request))
             .await
             .map(|_| ())
+    }
+}
+
+/// How a process has ended that may be deleted; none: it was never started.
+fn deletable(process: &Process) -> Result<Option<Exit>> {
+    match process.phase() {
+        Phase::Stopped(exit) => Ok(Some(exit)),
+        Phase::Created => Ok(None),
+        phase => Err(Error::WrongState {
+            action: "delete",
+            state: phase.name(),
+        }),
     }
 }
 

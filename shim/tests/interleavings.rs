@@ -17,12 +17,12 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::bed::{
-    Bed, Told, code, delete_of, is_root, remove_parents, shut_down, start_of, start_sandbox, within,
+    Bed, Told, code, delete_of, is_root, remove_parents, shut_down, start_of, start_sandbox, stop,
+    within,
 };
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
-use containerd_shim_protos::sandbox_api::StopSandboxRequest;
 use containerd_shim_protos::shim_async::TaskClient;
 use containerd_shim_protos::ttrpc::{self, Code};
 use sepal_protocol::state::PodState;
@@ -511,12 +511,7 @@ async fn of_two_creations_of_one_container_one_succeeds_and_the_other_does_no_ha
         let again = code(task.create(within(), &member).await.unwrap_err());
         assert_eq!(again.0, Code::ALREADY_EXISTS, "{}", again.1);
     }
-    let request = StopSandboxRequest {
-        sandbox_id: bed.id.clone(),
-        timeout_secs: 0,
-        ..Default::default()
-    };
-    sandbox.stop_sandbox(within(), &request).await.unwrap();
+    stop(&bed, &sandbox, 0).await;
     bed.assert_nothing_left(&state);
     shut_down(&bed, &sandbox, state.shim).await;
     remove_parents(&state);

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::bed::{
     Bed, code, create_of, delete_of, description, is_root, kill, remove_parents, shut_down,
-    start_of, start_sandbox, wait_of, within,
+    start_of, start_sandbox, stop, wait_of, within,
 };
 use containerd_shim_protos::api::*;
 use containerd_shim_protos::cgroups_v2::metrics::Metrics;
@@ -35,15 +35,6 @@ async fn status(bed: &Bed, sandbox: &SandboxClient) -> SandboxStatusResponse {
         ..Default::default()
     };
     sandbox.sandbox_status(within(), &request).await.unwrap()
-}
-
-async fn stop(bed: &Bed, sandbox: &SandboxClient, timeout_secs: u32) {
-    let request = StopSandboxRequest {
-        sandbox_id: bed.id.clone(),
-        timeout_secs,
-        ..Default::default()
-    };
-    sandbox.stop_sandbox(within(), &request).await.unwrap();
 }
 
 fn wait_sandbox_of(bed: &Bed) -> WaitSandboxRequest {

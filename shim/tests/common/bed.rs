@@ -383,6 +383,16 @@ pub async fn start_sandbox(bed: &Bed, sandbox: &SandboxClient) -> StartSandboxRe
     sandbox.start_sandbox(within(), &start).await.unwrap()
 }
 
+/// Stops the sandbox, which has so many seconds.
+pub async fn stop(bed: &Bed, sandbox: &SandboxClient, timeout_secs: u32) {
+    let request = StopSandboxRequest {
+        sandbox_id: bed.id.clone(),
+        timeout_secs,
+        ..Default::default()
+    };
+    sandbox.stop_sandbox(within(), &request).await.unwrap();
+}
+
 /// Ends the shim, and sees it go with its socket and the parents of its cgroup.
 pub async fn shut_down(bed: &Bed, sandbox: &SandboxClient, shim: ProcessRef) {
     let request = ShutdownSandboxRequest {

@@ -22,8 +22,11 @@ use std::os::unix::net::UnixStream;
 
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, recv, send};
+use sepal_protocol::ports::HOST_CID;
 
-use super::packet::{Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::packet::{
+    Header, MAX_PAYLOAD, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM,
+};
 use crate::virtio::buffer::{Reader, Writer};
 
 /// Bytes that one connection may hold on their way to the host: two of the guest's largest packets,
@@ -478,10 +481,21 @@ impl Connection {
         }
     }
 
-    /// Fills in what each header says of this end's buffer.
-    pub fn stamp(&self, header: &mut Header) {
-        header.buf_alloc = BUFFER;
-        header.fwd_cnt = self.forwarded;
+    /// The header of a packet of this connection's for the guest, with what each says of this end's
+    /// buffer.
+    pub fn header(&self, outgoing: &Outgoing, guest_cid: u64) -> Header {
+        Header {
+            src_cid: HOST_CID,
+            dst_cid: guest_cid,
+            src_port: self.ports.host,
+            dst_port: self.ports.guest,
+            len: outgoing.len,
+            kind: TYPE_STREAM,
+            op: outgoing.op as u16,
+            flags: outgoing.flags,
+            buf_alloc: BUFFER,
+            fwd_cnt: self.forwarded,
+        }
     }
 }
 

@@ -155,21 +155,7 @@ impl<'m> Muxer<'m> {
         while let Some(token) = self.table.next_speaker() {
             let connection = self.table.get(token)?;
             let outgoing = connection.next(&chain.writable);
-            let header = outgoing.map(|outgoing| {
-                let mut header = Header {
-                    src_cid: HOST_CID,
-                    dst_cid: self.guest_cid,
-                    src_port: connection.ports.host,
-                    dst_port: connection.ports.guest,
-                    len: outgoing.len,
-                    kind: TYPE_STREAM,
-                    op: outgoing.op as u16,
-                    flags: outgoing.flags,
-                    ..Header::default()
-                };
-                connection.stamp(&mut header);
-                header
-            });
+            let header = outgoing.map(|outgoing| connection.header(&outgoing, self.guest_cid));
             self.table.settle(token);
             if header.is_some() {
                 return header;

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{setsockopt, sockopt::SndBuf};
-use sepal_protocol::ports::{GUEST_CID, HOST_CID};
+use sepal_protocol::ports::GUEST_CID;
 use vm_memory::VolatileSlice;
 
 use super::connection::{Connection, Ports};
-use super::packet::{Header, Op, TYPE_STREAM};
+use super::packet::{Header, Op};
 use super::vsock_test_driver::Driver;
 use crate::virtio::buffer::{Reader, Writer};
 use crate::virtio::testing::PATIENCE;
@@ -185,18 +185,7 @@ impl Wire for Alone {
                 writer.push(&VolatileSlice::from(piece));
             }
             if let Some(outgoing) = connection.next(&writer) {
-                let mut header = Header {
-                    src_cid: HOST_CID,
-                    dst_cid: GUEST_CID,
-                    src_port: self.ports.host,
-                    dst_port: self.ports.guest,
-                    len: outgoing.len,
-                    kind: TYPE_STREAM,
-                    op: outgoing.op as u16,
-                    flags: outgoing.flags,
-                    ..Header::default()
-                };
-                connection.stamp(&mut header);
+                let header = connection.header(&outgoing, GUEST_CID);
                 room.truncate(outgoing.len as usize);
                 packet = Some((header, room));
             } else {
