@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import signal
 import socket
 import stat
 
@@ -126,7 +125,6 @@ def as_own_root(what):
 
 
 os.makedirs("/target", exist_ok=True)
-signal.signal(signal.SIGSYS, signal.SIG_IGN)
 attempt("write core_pattern", lambda: write("/proc/sys/kernel/core_pattern", b"|/evil"))
 attempt("write modprobe", lambda: write("/proc/sys/kernel/modprobe", b"/evil"))
 attempt("write sysctl", lambda: write("/proc/sys/vm/drop_caches", b"1"))
