@@ -8,7 +8,7 @@
 //! The guest is hostile. A chain that is no request is given back unanswered and the queue goes on;
 //! only this guest has the loss.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, Instant};
@@ -21,12 +21,9 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
 use virtiofsd::descriptor_utils::{Reader, Writer};
-use virtiofsd::filesystem::Context;
-use virtiofsd::fuse::{CreateIn, EntryOut, InHeader, OpenOut, OutHeader};
+use virtiofsd::fuse::{InHeader, OutHeader};
 use virtiofsd::server::Server;
-use vm_memory::{
-    ByteValued, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap,
-};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
     EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
@@ -34,6 +31,7 @@ use vmm_sys_util::event::{
 
 use crate::files::Files;
 use crate::pressure::Pressure;
+use crate::requests;
 use crate::workers::Workers;
 
 /// Guest RAM as the front end shares it.
@@ -210,10 +208,16 @@ impl Service {
         let writer = Writer::new(memory, chain).map_err(|e| e.to_string())?;
         let mut ahead = reader.clone();
         if let Ok(header) = ahead.read_obj::<InHeader>() {
-            if header.opcode == TMPFILE {
-                return self
-                    .create_unnamed(header, ahead, writer)
-                    .map_err(|e| e.to_string());
+            let text = |error: io::Error| error.to_string();
+            match header.opcode {
+                TMPFILE => {
+                    return requests::create_unnamed(&self.files, header, ahead, writer)
+                        .map_err(text);
+                }
+                WRITE => {
+                    return requests::write(&self.files, header, ahead, writer).map_err(text);
+                }
+                _ => {}
             }
             let room = writer.available_bytes();
             if NEED_ROOM.contains(&header.opcode) && room < size_of::<OutHeader>() {
@@ -224,43 +228,6 @@ impl Service {
         self.server
             .handle_message(reader, writer, None::<&mut ()>)
             .map_err(|e| e.to_string())
-    }
-
-    /// FUSE_TMPFILE: the request is that of FUSE_CREATE, whose name means nothing here.
-    fn create_unnamed(
-        &self,
-        header: InHeader,
-        mut request: Reader<'_>,
-        mut reply: Writer<'_>,
-    ) -> io::Result<usize> {
-        let asked = request.read_obj::<CreateIn>()?;
-        let mut out = OutHeader {
-            len: 0,
-            error: 0,
-            unique: header.unique,
-        };
-        let mut body = Vec::new();
-        match self
-            .files
-            .create_unnamed(Context::from(header), header.nodeid, &asked)
-        {
-            Ok((entry, fh)) => {
-                body.extend_from_slice(EntryOut::from(entry).as_slice());
-                body.extend_from_slice(
-                    OpenOut {
-                        fh,
-                        ..OpenOut::default()
-                    }
-                    .as_slice(),
-                );
-            }
-            Err(error) => out.error = -error.raw_os_error().unwrap_or(libc::EIO),
-        }
-        let length = size_of::<OutHeader>() + body.len();
-        out.len = u32::try_from(length).unwrap_or(u32::MAX);
-        reply.write_all(out.as_slice())?;
-        reply.write_all(&body)?;
-        Ok(length)
     }
 }
 

@@ -18,6 +18,7 @@ pub mod files;
 pub mod filter;
 pub mod logger;
 pub mod pressure;
+pub mod requests;
 pub mod serve;
 pub mod share;
 pub mod sys;

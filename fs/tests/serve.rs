@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use guest::*;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
-use nix::mount::{MntFlags, umount2};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
 #[test]
 fn what_the_guest_creates_is_on_the_host_with_the_guests_owner() {
@@ -139,6 +139,49 @@ fn a_write_takes_setuid_away() {
         tool.metadata().unwrap().permissions().mode() & 0o7777,
         0o755
     );
+}
+
+#[test]
+fn a_large_write_is_in_the_file_as_it_was_sent_however_it_is_cut_into_descriptors() {
+    let share = Share::new();
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    let (file, handle) = guest.create(guest.top, "file", 0o644).unwrap();
+    // Both headers are 80 bytes long.
+    for (number, cuts) in [
+        vec![],
+        vec![80],
+        vec![40, 40, 65_536, 65_536],
+        vec![80, 1, 65_535, 65_537],
+        vec![80, 4096, 200_000],
+        vec![100, 65_516],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let data: Vec<u8> = (0..300_000).map(|n| (n % 251 + number) as u8).collect();
+        guest.cuts = cuts;
+        assert_eq!(guest.write(file.node, handle, 5, &data), Ok(300_000));
+        let there = std::fs::read(share.writable().join("file")).unwrap();
+        assert!(there[5..] == data, "cut into {:?} and the rest", guest.cuts);
+    }
+}
+
+#[test]
+fn a_write_for_which_there_is_room_in_part_is_written_in_part() {
+    let share = Share::new();
+    let small = share.mount_tmpfs("small");
+    let none = None::<&str>;
+    mount(none, &small, none, MsFlags::MS_REMOUNT, Some("size=128k")).unwrap();
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    let root = guest.lookup(ROOT, "small").unwrap();
+    let (file, handle) = guest.create(root.node, "file", 0o644).unwrap();
+    let data = [b'x'; 300_000];
+    assert_eq!(guest.write(file.node, handle, 0, &data), Ok(128 << 10));
+    let more = guest.write(file.node, handle, 128 << 10, &data);
+    assert_eq!(more, Err(libc::ENOSPC));
+    assert_eq!(guest.getattr(file.node).unwrap().size, 128 << 10);
 }
 
 #[test]

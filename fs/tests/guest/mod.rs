@@ -261,6 +261,8 @@ pub struct Guest {
     pub gid: u32,
     /// The node of what is mounted in the share from the beginning.
     pub top: u64,
+    /// The lengths of a request's first descriptors; the rest is one more.
+    pub cuts: Vec<u32>,
 }
 
 impl Guest {
@@ -342,6 +344,7 @@ impl Guest {
             uid: 0,
             gid: 0,
             top: ROOT,
+            cuts: Vec::new(),
         }
     }
 
@@ -383,7 +386,12 @@ impl Guest {
     /// Sends bytes as they are and answers the bytes that came back.
     pub fn exchange(&mut self, request: &[u8], room: u32) -> Vec<u8> {
         self.memory.write_all_at(request, REQUEST).unwrap();
-        let mut chain = vec![(REQUEST, request.len() as u32, 0)];
+        let (mut chain, mut at, end) = (Vec::new(), REQUEST, REQUEST + request.len() as u64);
+        for &length in &self.cuts {
+            chain.push((at, length, 0));
+            at += u64::from(length);
+        }
+        chain.push((at, (end - at) as u32, 0));
         if room > 0 {
             chain.push((REPLY, room, 2));
         }
