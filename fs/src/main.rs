@@ -66,6 +66,7 @@ fn run(args: &Args) -> anyhow::Result<()> {
     let event = event.context("--pressure-fd")?.map(File::from);
     let starter = args.starter_fd.map_or_else(sys::parent, sys::inherited);
     let starter = starter.context("cannot watch the process that started this one")?;
+    sys::install_bus_handler().context("cannot handle bus errors")?;
     let descriptors = share::raise_descriptor_limit()?;
 
     let descriptors_of_proc = confine::enter(&args.share)?;

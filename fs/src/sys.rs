@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixListener;
 
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::socket::{
     AddressFamily, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
 };
@@ -114,4 +115,28 @@ pub fn mount_of(directory: &impl AsFd) -> io::Result<MountOf> {
         id: found.stx_mnt_id,
         is_root: found.stx_attributes & root != 0,
     })
+}
+
+/// Makes an access to mapped memory that is not there end this process with a sentence: the front end maps
+/// addresses by which the guest's memory may grow before there is memory behind them.
+///
+/// # Errors
+/// sigaction(2).
+pub fn install_bus_handler() -> io::Result<()> {
+    let handler = SigHandler::Handler(on_bus_error);
+    let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler is async-signal-safe (see there).
+    unsafe { sigaction(Signal::SIGBUS, &action) }?;
+    Ok(())
+}
+
+extern "C" fn on_bus_error(_signal: libc::c_int) {
+    const TEXT: &[u8] =
+        b"sepal-fs: memory that is mapped is not there: the guest had a request use \
+        memory that it was not given\n";
+    // SAFETY: write(2) and _exit(2) are async-signal-safe; the buffer is a constant.
+    unsafe {
+        libc::write(libc::STDERR_FILENO, TEXT.as_ptr().cast(), TEXT.len());
+        libc::_exit(libc::EXIT_FAILURE);
+    }
 }

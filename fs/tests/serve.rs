@@ -479,6 +479,20 @@ fn broken_requests_are_given_back_and_the_next_is_served() {
 }
 
 #[test]
+fn a_request_in_memory_that_was_not_given_ends_the_server_with_a_sentence() {
+    let share = Share::new();
+    let mut server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    guest.take_half();
+    let mut table = longs(&[0x60_0000]);
+    table.extend(words(&[40, 0]));
+    guest.offer(&table);
+    let (status, said) = server.end();
+    assert_eq!(status.code(), Some(1), "{said}");
+    assert!(said.contains("memory that it was not given"), "{said}");
+}
+
+#[test]
 fn offsets_that_no_file_has_are_refused_and_the_next_request_is_served() {
     let share = Share::new();
     let server = start(&share.path());

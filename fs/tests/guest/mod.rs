@@ -348,6 +348,11 @@ impl Guest {
         }
     }
 
+    /// Takes back all memory from the second half of it on, which stays mapped.
+    pub fn take_half(&self) {
+        self.memory.set_len(MEMORY / 2).unwrap();
+    }
+
     /// Unplugs the device.
     pub fn disconnect(mut self) {
         self.frontend = None;
@@ -415,8 +420,9 @@ impl Guest {
         self.submit_table(&table)
     }
 
-    /// The same with a descriptor table as it is; the chain begins at descriptor 0.
-    pub fn submit_table(&mut self, table: &[u8]) -> u32 {
+    /// Makes a chain available, whose descriptor table this is, without awaiting its return. Answers its
+    /// place in the used ring.
+    pub fn offer(&mut self, table: &[u8]) -> u64 {
         self.memory.write_all_at(table, DESC).unwrap();
         let slot = u64::from(self.next % QUEUE);
         self.memory
@@ -427,6 +433,12 @@ impl Guest {
             .write_all_at(&self.next.to_le_bytes(), AVAIL + 2)
             .unwrap();
         self.kick.write(1).unwrap();
+        slot
+    }
+
+    /// The same with a descriptor table as it is; the chain begins at descriptor 0.
+    pub fn submit_table(&mut self, table: &[u8]) -> u32 {
+        let slot = self.offer(table);
         let begin = Instant::now();
         loop {
             let mut index = [0; 2];
