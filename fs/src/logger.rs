@@ -1,12 +1,13 @@
 //! The `log` records of virtiofsd, one line each on standard error, which the shim reads.
 
-use std::io::Write;
+use std::io::{Stderr, Write};
 
 use log::{LevelFilter, Log, Metadata, Record};
+use sepal_log::Bounded;
 
-struct Stderr;
+struct Logger(Bounded<Stderr>);
 
-impl Log for Stderr {
+impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.level() <= log::max_level()
     }
@@ -21,7 +22,7 @@ impl Log for Stderr {
                 record.target(),
                 record.args()
             );
-            let _ = std::io::stderr().write_all(line.as_bytes());
+            let _ = (&self.0).write_all(line.as_bytes());
         }
     }
 
@@ -30,8 +31,8 @@ impl Log for Stderr {
 
 /// Sends records up to `level` to standard error. Called once.
 pub fn install(level: LevelFilter) {
-    static LOGGER: Stderr = Stderr;
-    if log::set_logger(&LOGGER).is_ok() {
+    let logger = Box::leak(Box::new(Logger(Bounded::new(std::io::stderr()))));
+    if log::set_logger(logger).is_ok() {
         log::set_max_level(level);
     }
 }

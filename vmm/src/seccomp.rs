@@ -68,6 +68,8 @@ const EVERY: &[i64] = &[
     libc::SYS_getrandom,
     libc::SYS_gettid,
     libc::SYS_getpid,
+    // The log, when it is full.
+    libc::SYS_ftruncate,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
@@ -85,7 +87,6 @@ const VCPU: &[i64] = &[
     libc::SYS_ppoll,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
-    libc::SYS_ftruncate,
 ];
 
 /// The control thread: its clients, the files and sockets of hot-plugged devices.
@@ -103,8 +104,6 @@ const CONTROL: &[i64] = &[
     libc::SYS_lseek,
     // Configuration space of what is plugged.
     libc::SYS_pwrite64,
-    // Memory that is added.
-    libc::SYS_ftruncate,
     // The container's root as ours.
     libc::SYS_fchdir,
     libc::SYS_chroot,
@@ -149,7 +148,7 @@ const WORKER: &[i64] = &[
 /// What a device's worker needs besides.
 fn calls_of_device(device: DeviceType) -> &'static [i64] {
     match device {
-        DeviceType::Console => &[libc::SYS_pwrite64, libc::SYS_pread64, libc::SYS_ftruncate],
+        DeviceType::Console => &[libc::SYS_pwrite64, libc::SYS_pread64],
         DeviceType::Block => &[
             libc::SYS_preadv,
             libc::SYS_pwritev,
