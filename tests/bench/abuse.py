@@ -4,6 +4,10 @@ from bed import BUSYBOX, PYTHON, RUNTIMES
 
 # Each is limited as pods of strangers are: one CPU, 256 MiB.
 LIMITS = {"cpu_period": 100000, "cpu_quota": 100000, "memory_limit_in_bytes": 256 << 20}
+# Which CPU that is: any, or one of its own, as the kubelet's static CPU manager gives. Who has the time of one CPU
+# may be on several at once (a vCPU, and a file server that works for it), and then its neighbours wait for the
+# host's scheduler.
+ABUSER, NEIGHBOUR = "0", "1"
 # Sends each byte back at once.
 ECHO = """
 import socket
@@ -40,20 +44,23 @@ def measure(bed, figures, pods):
     """Adds the figures: microseconds within which 99 of 100 answers of a neighbour come."""
     bed("mkdir", "-p", "/tmp/sepal-bench/volume")
     mounts = [{"container_path": "/volume", "host_path": "/tmp/sepal-bench/volume"}]
-    rows = {}
-    for kind in RUNTIMES:
-        neighbour, sink, _, _ = pods.start(kind, PYTHON, "python3", "-u", "-c", ECHO, limits=LIMITS)
-        address = pods.address(neighbour)
-        pods.until_said(sink, "listening")
-        for name, line in ABUSES.items():
-            abuser, _, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=LIMITS, mounts=mounts)
-            bed("sleep", WARM)
-            rows.setdefault(name, {})[kind] = float(bed.on_host(ASK, address))
-            pods.remove(abuser)
-            bed("sh", "-c", "rm -rf /tmp/sepal-bench/volume/*")
-        pods.remove(neighbour)
-    for name, row in rows.items():
-        figures[f"p99 beside a pod that uses up {name}, us"] = row
-    for name, row in rows.items():
-        if name != "nothing":
-            figures[f"... by what {name} makes it longer"] = {kind: us / rows["nothing"][kind] for kind, us in row.items()}
+    for where, own in (("any CPU", False), ("CPUs of their own", True)):
+        on = {cpu: {**LIMITS, "cpuset_cpus": cpu} if own else LIMITS for cpu in (ABUSER, NEIGHBOUR)}
+        rows = {}
+        for kind in RUNTIMES:
+            neighbour, sink, _, _ = pods.start(kind, PYTHON, "python3", "-u", "-c", ECHO, limits=on[NEIGHBOUR])
+            address = pods.address(neighbour)
+            pods.until_said(sink, "listening")
+            for name, line in ABUSES.items():
+                abuser, _, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=on[ABUSER], mounts=mounts)
+                bed("sleep", WARM)
+                rows.setdefault(name, {})[kind] = float(bed.on_host(ASK, address))
+                pods.remove(abuser)
+                bed("sh", "-c", "rm -rf /tmp/sepal-bench/volume/*")
+            pods.remove(neighbour)
+        for name, row in rows.items():
+            figures[f"{where}: p99 beside a pod that uses up {name}, us"] = row
+        for name, row in rows.items():
+            if name != "nothing":
+                figures[f"{where}: by what {name} makes it longer"] = {
+                    kind: us / rows["nothing"][kind] for kind, us in row.items()}
