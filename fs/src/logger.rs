@@ -1,13 +1,12 @@
 //! The `log` records of virtiofsd, one line each on standard error, which the shim reads.
 
-use std::io::{Stderr, Write};
+use std::io::Write;
 
 use log::{LevelFilter, Log, Metadata, Record};
-use sepal_log::Bounded;
 
-struct Logger(Bounded<Stderr>);
+struct Stderr;
 
-impl Log for Logger {
+impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.level() <= log::max_level()
     }
@@ -22,7 +21,7 @@ impl Log for Logger {
                 record.target(),
                 record.args()
             );
-            let _ = (&self.0).write_all(line.as_bytes());
+            let _ = sepal_log::stderr().write_all(line.as_bytes());
         }
     }
 
@@ -31,8 +30,8 @@ impl Log for Logger {
 
 /// Sends records up to `level` to standard error. Called once.
 pub fn install(level: LevelFilter) {
-    let logger = Box::leak(Box::new(Logger(Bounded::new(std::io::stderr()))));
-    if log::set_logger(logger).is_ok() {
+    static LOGGER: Stderr = Stderr;
+    if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(level);
     }
 }

@@ -111,12 +111,9 @@ impl ZeroCopyReader for Pieces<'_> {
         let count = count.min(self.0.available_bytes());
         let mut written = 0;
         while written < count {
-            let rest = self
-                .0
-                .split_at(PIECE.min(count - written))
-                .map_err(io::Error::other)?;
+            let size = PIECE.min(count - written);
+            let rest = self.0.split_at(size).map_err(io::Error::other)?;
             let mut piece = std::mem::replace(&mut self.0, rest);
-            let size = piece.available_bytes();
             match piece.write_to_file_at(file, size, offset + written as u64, flags) {
                 Ok(some) => {
                     written += some;

@@ -1,8 +1,9 @@
 //! What the processes of a pod log goes to files in the pod's directory, which is memory of the host's. A guest
 //! can have them say something as often as it likes: so the files have an end.
 
-use std::io::{self, Write};
+use std::io::{self, Stderr, Write};
 use std::os::fd::AsFd;
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::unistd::{ftruncate, write};
@@ -28,6 +29,12 @@ impl<F: AsFd> Bounded<F> {
             written: AtomicU64::new(0),
         }
     }
+}
+
+/// This process's standard error, which the shim makes its log.
+pub fn stderr() -> &'static Bounded<Stderr> {
+    static LOG: LazyLock<Bounded<Stderr>> = LazyLock::new(|| Bounded::new(io::stderr()));
+    &LOG
 }
 
 /// One line each time; those of different threads stay whole.

@@ -10,7 +10,6 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Parser;
-use sepal_log::Bounded;
 use sepal_protocol::control::{Booted, Request, Response, receive, send};
 use sepal_protocol::vm::{ExitCause, KernelSpec, KvmFlavour, VmSpec};
 use tracing::level_filters::LevelFilter;
@@ -55,9 +54,8 @@ fn main() -> ExitCode {
     stages.reached("vmm");
     sys::share_one_heap();
     let args = Args::parse();
-    let log: &Bounded<_> = Box::leak(Box::new(Bounded::new(std::io::stderr())));
     tracing_subscriber::fmt()
-        .with_writer(move || log)
+        .with_writer(sepal_log::stderr)
         .with_max_level(args.log)
         .with_target(false)
         .with_ansi(false)
