@@ -40,27 +40,32 @@ ABUSES = {
 WARM = "3"
 
 
+def beside(bed, pods, kind, on):
+    """Microseconds within which 99 of 100 answers of a neighbour come beside each abuse. `on` are the limits of
+    a pod by its CPU."""
+    mounts = [{"container_path": "/volume", "host_path": "/tmp/sepal-bench/volume"}]
+    neighbour, sink, _, _ = pods.start(kind, PYTHON, "python3", "-u", "-c", ECHO, limits=on[NEIGHBOUR])
+    address = pods.address(neighbour)
+    pods.until_said(sink, "listening")
+    times = {}
+    for name, line in ABUSES.items():
+        abuser, _, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=on[ABUSER], mounts=mounts)
+        bed("sleep", WARM)
+        times[name] = float(bed.on_host(ASK, address))
+        pods.remove(abuser)
+        bed("sh", "-c", "rm -rf /tmp/sepal-bench/volume/*")
+    pods.remove(neighbour)
+    return times
+
+
 def measure(bed, figures, pods):
     """Adds the figures: microseconds within which 99 of 100 answers of a neighbour come."""
     bed("mkdir", "-p", "/tmp/sepal-bench/volume")
-    mounts = [{"container_path": "/volume", "host_path": "/tmp/sepal-bench/volume"}]
     for where, own in (("any CPU", False), ("CPUs of their own", True)):
         on = {cpu: {**LIMITS, "cpuset_cpus": cpu} if own else LIMITS for cpu in (ABUSER, NEIGHBOUR)}
-        rows = {}
-        for kind in RUNTIMES:
-            neighbour, sink, _, _ = pods.start(kind, PYTHON, "python3", "-u", "-c", ECHO, limits=on[NEIGHBOUR])
-            address = pods.address(neighbour)
-            pods.until_said(sink, "listening")
-            for name, line in ABUSES.items():
-                abuser, _, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=on[ABUSER], mounts=mounts)
-                bed("sleep", WARM)
-                rows.setdefault(name, {})[kind] = float(bed.on_host(ASK, address))
-                pods.remove(abuser)
-                bed("sh", "-c", "rm -rf /tmp/sepal-bench/volume/*")
-            pods.remove(neighbour)
-        for name, row in rows.items():
-            figures[f"{where}: p99 beside a pod that uses up {name}, us"] = row
-        for name, row in rows.items():
-            if name != "nothing":
-                figures[f"{where}: by what {name} makes it longer"] = {
-                    kind: us / rows["nothing"][kind] for kind, us in row.items()}
+        times = {kind: beside(bed, pods, kind, on) for kind in RUNTIMES}
+        for name in ABUSES:
+            figures[f"{where}: p99 beside a pod that uses up {name}, us"] = {kind: times[kind][name] for kind in RUNTIMES}
+        for name in list(ABUSES)[1:]:
+            figures[f"{where}: by what {name} makes it longer"] = {
+                kind: times[kind][name] / times[kind]["nothing"] for kind in RUNTIMES}
