@@ -87,11 +87,53 @@ pub struct Vm {
     pub fs_pid: u32,
     vmm: Arc<OwnedFd>,
     fs: Arc<OwnedFd>,
-    control: Mutex<AsyncFd<OwnedFd>>,
+    control: Mutex<Control>,
     /// The file server signals here that its descriptors run out.
     pressure: AsyncFd<OwnedFd>,
     directory: PathBuf,
     ended: watch::Receiver<Option<Arc<str>>>,
+}
+
+/// The socket to the VMM, which answers one request after the other.
+#[derive(Debug)]
+struct Control {
+    socket: AsyncFd<OwnedFd>,
+    /// Requests whose answers are still to come, though nobody waits for them any more.
+    unanswered: usize,
+}
+
+impl Control {
+    /// Sends a request and waits for its answer. May be dropped at any moment.
+    async fn exchange(&mut self, request: &Request, fds: &[OwnedFd]) -> Result<Response, Error> {
+        let would_block =
+            |e: &control::Error| matches!(e, control::Error::Socket(nix::Error::EAGAIN));
+        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        loop {
+            match control::send(self.socket.get_ref(), request, &raw) {
+                Err(e) if would_block(&e) => {}
+                other => break other.map_err(Error::Control)?,
+            }
+            let ready = self.socket.ready(Interest::WRITABLE).await;
+            ready.map_err(io("wait"))?.clear_ready();
+        }
+        self.unanswered += 1;
+        loop {
+            let mut guard = self.socket.readable().await.map_err(io("wait"))?;
+            match control::receive::<Response>(self.socket.get_ref()) {
+                Err(e) if would_block(&e) => guard.clear_ready(),
+                Err(e) => return Err(Error::Control(e)),
+                Ok((response, _)) => {
+                    self.unanswered -= 1;
+                    match response {
+                        // To one that was asked before.
+                        _ if self.unanswered > 0 => {}
+                        Response::Error { message } => return Err(Error::Refused { message }),
+                        response => return Ok(response),
+                    }
+                }
+            }
+        }
+    }
 }
 
 impl Vm {
@@ -189,7 +231,10 @@ impl Vm {
             fs_pid: fs.pid,
             vmm: vmm_fd,
             fs: fs_fd,
-            control: Mutex::new(control),
+            control: Mutex::new(Control {
+                socket: control,
+                unanswered: 0,
+            }),
             pressure,
             directory: directory.into(),
             ended,
@@ -341,30 +386,8 @@ impl Vm {
     }
 
     async fn request(&self, request: &Request, fds: &[OwnedFd]) -> Result<Response, Error> {
-        let raw: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
-        let socket = self.control.lock().await;
-        let exchange = async {
-            let would_block =
-                |e: &control::Error| matches!(e, control::Error::Socket(nix::Error::EAGAIN));
-            loop {
-                match control::send(socket.get_ref(), request, &raw) {
-                    Err(e) if would_block(&e) => {}
-                    other => break other.map_err(Error::Control)?,
-                }
-                let mut guard = socket.ready(Interest::WRITABLE).await.map_err(io("wait"))?;
-                guard.clear_ready();
-            }
-            loop {
-                let mut guard = socket.ready(Interest::READABLE).await.map_err(io("wait"))?;
-                match control::receive::<Response>(socket.get_ref()) {
-                    Err(e) if would_block(&e) => guard.clear_ready(),
-                    Ok((Response::Error { message }, _)) => {
-                        return Err(Error::Refused { message });
-                    }
-                    other => return other.map(|(response, _)| response).map_err(Error::Control),
-                }
-            }
-        };
+        let mut control = self.control.lock().await;
+        let exchange = control.exchange(request, fds);
         match tokio::time::timeout(CONTROL_TIMEOUT, exchange).await {
             Ok(Err(Error::Control(e @ (control::Error::Closed | control::Error::Socket(_))))) => {
                 // The VMM has ended, or is about to: its own words tell more than the socket's.
@@ -618,6 +641,31 @@ mod tests {
         )
         .unwrap();
         assert_eq!(tail(file.path()), [format!("[1.0] {PANIC}: no init")]);
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_comes_too_late_is_not_taken_for_the_next_one() {
+        let flags = SockFlag::SOCK_NONBLOCK;
+        let (ours, vmm) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+        let mut control = Control {
+            socket: sys::watch(ours, Interest::READABLE | Interest::WRITABLE).unwrap(),
+            unanswered: 0,
+        };
+        let impatient = control.exchange(&Request::State, &[]);
+        let late = tokio::time::timeout(Duration::from_millis(10), impatient).await;
+        assert!(late.is_err());
+        for message in ["to the first", "to the second"] {
+            let message = message.into();
+            control::send(&vmm, &Response::Error { message }, &[]).unwrap();
+        }
+        match control.exchange(&Request::State, &[]).await {
+            Err(Error::Refused { message }) => assert_eq!(message, "to the second"),
+            other => panic!("{other:?}"),
+        }
+        control::send(&vmm, &Response::Ok, &[]).unwrap();
+        let third = control.exchange(&Request::State, &[]).await;
+        assert!(matches!(third, Ok(Response::Ok)), "{third:?}");
     }
 
     #[test]
