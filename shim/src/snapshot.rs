@@ -29,7 +29,7 @@ const DATA: &str = "..data";
 /// How often a volume may change under our eyes in a row, and the pause after each time.
 const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(5);
-/// What a file takes in the guest beside its pages: inode and name.
+/// What a file takes in the guest beside its pages and its path: inode and name.
 const PER_FILE: u64 = 1 << 10;
 const PAGE: u64 = 4 << 10;
 /// Bytes of one request; the agent's messages hold at most 4 MiB.
@@ -171,7 +171,7 @@ fn read(root: BorrowedFd<'_>, version: &OsStr, most: u64) -> Result<Snapshot, Er
     let (mut links, mut others) = (Vec::new(), Vec::new());
     let top = reader.open(Path::new("."), OFlag::O_DIRECTORY)?;
     reader.note(Path::new(""), &top)?;
-    for (name, is_link) in names_in(top).map_err(failed(Path::new(".")))? {
+    for (name, is_link) in reader.names_in(Path::new(""), top)? {
         if !is_writers(name.as_bytes()) {
             let kind = if is_link { &mut links } else { &mut others };
             kind.push(PathBuf::from(name));
@@ -190,21 +190,6 @@ fn read(root: BorrowedFd<'_>, version: &OsStr, most: u64) -> Result<Snapshot, Er
         files: reader.files,
         names,
     })
-}
-
-/// The names in a directory, and which of them are links.
-fn names_in(directory: OwnedFd) -> io::Result<Vec<(OsString, bool)>> {
-    let mut names = Vec::new();
-    for entry in Dir::from_fd(directory)?.iter() {
-        let entry = entry?;
-        let name: &CStr = entry.file_name();
-        if name != c"." && name != c".." {
-            let is_link = entry.file_type() == Some(nix::dir::Type::Symlink);
-            names.push((OsString::from_vec(name.to_bytes().to_vec()), is_link));
-        }
-    }
-    names.sort();
-    Ok(names)
 }
 
 struct Reader<'a> {
@@ -238,7 +223,7 @@ impl Reader<'_> {
                 SFlag::S_IFDIR => {
                     let directory = self.open(&path, OFlag::O_DIRECTORY)?;
                     self.note(&path, &directory)?;
-                    let names = names_in(directory).map_err(failed(&path))?;
+                    let names = self.names_in(&path, directory)?;
                     let within = names.into_iter().rev();
                     rest.extend(within.map(|(name, _)| path.join(name)));
                 }
@@ -253,6 +238,29 @@ impl Reader<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The names in a directory, and which of them are links. Each is counted as it is read: there may be
+    /// more than memory is for.
+    fn names_in(
+        &mut self,
+        path: &Path,
+        directory: OwnedFd,
+    ) -> Result<Vec<(OsString, bool)>, Error> {
+        let unreadable = |errno: Errno| failed(path)(errno.into());
+        let mut names = Vec::new();
+        for entry in Dir::from_fd(directory).map_err(unreadable)?.iter() {
+            let entry = entry.map_err(unreadable)?;
+            let name: &CStr = entry.file_name();
+            if name != c"." && name != c".." {
+                let length = path.as_os_str().len() + name.count_bytes();
+                self.take_memory(PER_FILE + length as u64)?;
+                let is_link = entry.file_type() == Some(nix::dir::Type::Symlink);
+                names.push((OsString::from_vec(name.to_bytes().to_vec()), is_link));
+            }
+        }
+        names.sort();
+        Ok(names)
     }
 
     fn regular(&mut self, path: &Path) -> Result<(), Error> {
@@ -271,10 +279,9 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// Adds a file with its attributes, and without what is in it.
+    /// Adds a file with its attributes, and without what is in it. Its name has been counted.
     fn note(&mut self, path: &Path, file: impl AsFd) -> Result<FileStat, Error> {
         let stat = fstat(file).map_err(|errno| failed(path)(errno.into()))?;
-        self.take_memory(PER_FILE)?;
         let whole = stat.st_mtime.saturating_mul(1_000_000_000);
         self.files.push(VolumeFile {
             path: path.as_os_str().as_bytes().into(),

@@ -178,6 +178,17 @@ fn memory_is_what_bounds_it_and_not_the_number_of_files() {
 }
 
 #[test]
+fn names_are_counted_also_of_what_is_not_taken() {
+    let volume = Volume::new(&[("key", b"value")]);
+    let long = "n".repeat(240);
+    for number in 0..1000 {
+        File::create(volume.path().join(format!("..{long}{number}"))).unwrap();
+    }
+    let refused = volume.take(MIB).unwrap_err();
+    assert!(matches!(refused, Error::TooLarge { .. }), "{refused}");
+}
+
+#[test]
 fn a_snapshot_is_of_one_version_however_fast_they_come() {
     let write = |volume: &Volume, n: usize| {
         let value = n.to_string();
