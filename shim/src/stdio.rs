@@ -17,7 +17,7 @@ use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sepal_protocol::agent;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -25,6 +25,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::agent::{self as guest, Agent};
 use crate::logger::Logger;
@@ -37,6 +38,8 @@ const CHUNK: usize = 32 << 10;
 const STUCK: Duration = Duration::from_secs(3);
 /// The same for bytes that the guest owes: it has sent them, but may be starved by its neighbours.
 const OWED: Duration = Duration::from_secs(10);
+/// The same in all, however they move: what a guest owes is in the buffers of one connection.
+const OWED_IN_ALL: Duration = Duration::from_secs(30);
 /// Between two looks at a FIFO that is being read: no event tells that a pipe is empty. The first
 /// and the longest.
 const LOOK: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(10)];
@@ -271,6 +274,7 @@ impl Streams {
         let [stdout, stderr] = &self.progress;
         let [mut pause, longest] = LOOK;
         let (mut before, mut since) = (None, Instant::now());
+        let (mut owing, mut looked) = (Duration::ZERO, Instant::now());
         loop {
             let rests = [
                 stdout.rest(handed.map(|[stdout, _]| stdout)),
@@ -282,11 +286,13 @@ impl Streams {
             if before != Some(rests) {
                 (before, since) = (Some(rests), Instant::now());
             }
-            let patience = match rests {
-                [Rest { unread: 0, .. }, Rest { unread: 0, .. }] => OWED,
-                _ => STUCK,
-            };
-            if since.elapsed() >= patience {
+            let is_guests_turn = rests.iter().all(|rest| rest.unread == 0);
+            if is_guests_turn {
+                owing += looked.elapsed();
+            }
+            looked = Instant::now();
+            let patience = if is_guests_turn { OWED } else { STUCK };
+            if since.elapsed() >= patience || owing >= OWED_IN_ALL {
                 tracing::debug!(?rests, "output of an ended process is given up");
                 return;
             }

@@ -106,6 +106,28 @@ async fn a_full_fifo_without_a_reader_does_not_hold_up_the_exit() {
     flood.abort();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_owes_bytes_and_sends_them_one_by_one_does_not_hold_up_the_exit() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out");
+    std::fs::write(&path, "").unwrap();
+    let (mut guest, host) = UnixStream::pair().unwrap();
+    let streams = copying(path.to_str().unwrap(), host);
+    let dribble = tokio::spawn(async move {
+        loop {
+            tokio::time::sleep(OWED - Duration::from_secs(1)).await;
+            guest.write_all(b"x").await.unwrap();
+        }
+    });
+    let begun = Instant::now();
+    streams.finish(Some([u64::MAX, 0])).await;
+    let took = begun.elapsed();
+    assert!(took < OWED_IN_ALL + OWED, "{took:?}");
+    assert!(streams.progress[0].written.load(Ordering::Relaxed) >= 1);
+    streams.close().await;
+    dribble.abort();
+}
+
 /// Streams whose standard output is the FIFO.
 fn copying(path: &str, host: UnixStream) -> Streams {
     let streams = Streams::default();
