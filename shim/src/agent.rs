@@ -24,6 +24,8 @@ const SHORT: Duration = Duration::from_secs(10);
 /// Longest wait for a call that makes or removes something, as disks may be slow; more where the
 /// administrator gives a guest more to boot, as hosts may be slow.
 const LONG: Duration = Duration::from_secs(60);
+/// Most characters of an error's text that are told.
+const MAX_MESSAGE: usize = 2048;
 /// Longest wait for a connection into the guest.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -50,11 +52,14 @@ pub enum Error {
     },
 }
 
+/// The guest says what it likes: no more of it than fits into a log, and on one line.
 fn message(source: &ttrpc::Error) -> String {
-    match source {
+    let text = match source {
         ttrpc::Error::RpcStatus(status) => status.message().to_string(),
         other => format!("the guest's agent: {other}"),
-    }
+    };
+    let shown = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(MAX_MESSAGE).map(shown).collect()
 }
 
 impl Error {

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use containerd_shim_protos::protobuf::MessageField;
 use containerd_shim_protos::protobuf::well_known_types::timestamp::Timestamp;
@@ -99,6 +99,9 @@ pub struct Process {
     streams: Mutex<Option<Arc<Streams>>>,
     stdin_closed: AtomicBool,
     condemned: AtomicBool,
+    doomed: AtomicBool,
+    /// Whether the guest has said that it has ended, or there is no guest any more.
+    reported: watch::Sender<bool>,
 }
 
 impl Process {
@@ -116,6 +119,8 @@ impl Process {
             streams: Mutex::new(None),
             stdin_closed: AtomicBool::new(false),
             condemned: AtomicBool::new(false),
+            doomed: AtomicBool::new(false),
+            reported: watch::Sender::new(false),
         })
     }
 
@@ -161,6 +166,26 @@ impl Process {
     /// See [`Self::condemn`].
     pub fn is_condemned(&self) -> bool {
         self.condemned.load(Ordering::Relaxed)
+    }
+
+    /// Notes that it was told to end at once; answers whether that is new.
+    pub fn doom(&self) -> bool {
+        !self.doomed.swap(true, Ordering::Relaxed)
+    }
+
+    /// Notes that nothing more is to be heard of it from the guest. Its output may still be on its way.
+    pub fn note_reported(&self) {
+        self.reported.send_replace(true);
+    }
+
+    /// Waits for [`Self::note_reported`].
+    pub async fn reported(&self) {
+        // The sender lives in self.
+        let _ = self
+            .reported
+            .subscribe()
+            .wait_for(|reported| *reported)
+            .await;
     }
 
     /// Waits until it has ended.
@@ -227,6 +252,8 @@ pub struct Container {
     pub oom_ahead: AtomicU32,
     /// OOM events that the guest has told of.
     pub oom_told: AtomicBool,
+    /// When containerd was last told of one.
+    pub oom_at: Mutex<Option<Instant>>,
     /// Hooks that run on the host.
     pub hooks: Hooks,
     /// What they get.
@@ -255,6 +282,7 @@ impl Container {
             paused: AtomicBool::new(false),
             oom_ahead: AtomicU32::new(0),
             oom_told: AtomicBool::new(false),
+            oom_at: Mutex::default(),
             hooks,
             hook_state,
             execs: Mutex::new(HashMap::new()),

@@ -101,20 +101,15 @@ impl Pod {
         // Its node in the guest has another name, and there a device is a mount of what has its name.
         let disk = devices.first().filter(|_| users.is_some());
         let refused = refused.or(disk.map(|d| spec::Error::DiskOfUsers(d.path.clone()).into()));
-        let kept = |volume: &Path, options: &BindOptions, owners: Option<&Users>| {
-            // What the kubelet writes lies on a tmpfs, too: told by one look, and not by all mounts.
-            let copy = options.is_only_read();
-            let copy = copy.then(|| self.mirrors.take(volume, owners)).flatten();
-            let memory = || memory_volumes::of(volume, owners).map(Kept::Memory);
-            copy.map(Kept::Copy).or_else(memory)
-        };
         let plan = match refused {
             Some(refused) => Err(refused),
-            None => demand.and_then(|demand| {
-                let mut plan = Plan::new(spec, &asked.id, &role, &asked.bundle, users, &kept)?;
-                plan.apparmor_policy = apparmor::policy(&plan.guest, Path::new(apparmor::LOADED))?;
-                Ok((plan, demand))
-            }),
+            None => {
+                let (this, id, bundle) = (self.clone(), asked.id.clone(), asked.bundle.clone());
+                let work = move || this.plan(spec, &id, &role, &bundle);
+                let plan = tokio::task::spawn_blocking(work).await;
+                let plan = plan.unwrap_or_else(|e| Err(Error::Unfinished(e)));
+                demand.and_then(|demand| Ok((plan?, demand)))
+            }
         };
         let created = match plan {
             Ok((mut plan, demand)) => {
@@ -143,6 +138,21 @@ impl Pod {
             run_poststop(&host_hooks, &hook_state).await;
         }
         created
+    }
+
+    /// What is to be made of a spec. Blocks: it looks at volumes, whose servers may be slow or gone.
+    fn plan(&self, spec: Spec, id: &str, role: &Role, bundle: &Path) -> Result<Plan> {
+        let kept = |volume: &Path, options: &BindOptions, owners: Option<&Users>| {
+            // What the kubelet writes lies on a tmpfs, too: told by one look, and not by all mounts.
+            let copy = options.is_only_read();
+            let copy = copy.then(|| self.mirrors.take(volume, owners)).flatten();
+            let memory = || memory_volumes::of(volume, owners).map(Kept::Memory);
+            copy.map(Kept::Copy).or_else(memory)
+        };
+        let users = self.spec.users.as_ref();
+        let mut plan = Plan::new(spec, id, role, bundle, users, &kept)?;
+        plan.apparmor_policy = apparmor::policy(&plan.guest, Path::new(apparmor::LOADED))?;
+        Ok(plan)
     }
 
     /// The place in the pod of a container with this spec.

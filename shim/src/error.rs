@@ -42,6 +42,8 @@ pub enum Error {
     Invalid { what: &'static str, reason: String },
     #[error("the pod's virtual machine has ended: {reason}")]
     VmGone { reason: String },
+    #[error("the call has not come to its end: {0}")]
+    Unfinished(tokio::task::JoinError),
     #[error(transparent)]
     Config(#[from] sepal_protocol::config::Error),
     #[error(transparent)]

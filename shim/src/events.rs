@@ -11,8 +11,10 @@ use containerd_shim_protos::shim_async::{Client, EventsClient};
 use containerd_shim_protos::ttrpc;
 use tokio::sync::{mpsc, oneshot};
 
-/// Most events kept while containerd is away; then the oldest go.
+/// Most events kept while containerd is away; then the oldest go, those first that the guest alone tells.
 const MAX_KEPT: usize = 4096;
+/// Topic of what comes when the guest says so, as often as it says so.
+const OOM: &str = "/tasks/oom";
 /// Longest wait for containerd to take one event.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest pause between two attempts.
@@ -29,6 +31,12 @@ enum Item {
     Event(Box<Envelope>),
     /// Answered when all before it is done with.
     Mark(oneshot::Sender<()>),
+}
+
+impl Item {
+    fn is_oom(&self) -> bool {
+        matches!(self, Self::Event(event) if event.topic() == OOM)
+    }
 }
 
 impl Events {
@@ -87,7 +95,8 @@ async fn forward(address: String, mut receiver: mpsc::UnboundedReceiver<Item>) {
         }
         while let Ok(item) = receiver.try_recv() {
             if kept.len() == MAX_KEPT {
-                kept.pop_front();
+                let least = kept.iter().position(Item::is_oom).unwrap_or(0);
+                kept.remove(least);
             }
             kept.push_back(item);
         }

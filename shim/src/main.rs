@@ -38,11 +38,14 @@ fn run() -> anyhow::Result<()> {
         // Their stacks count to the limit of its own memory (`sys::limit_memory`).
         .max_blocking_threads(64)
         .build()?;
-    match flags.action.as_str() {
+    let done = match flags.action.as_str() {
         "start" => start::start(&flags),
         "delete" => runtime.block_on(start::delete(&flags, state_root)),
         "gc" => runtime.block_on(gc::run(state_root)),
         "" => runtime.block_on(serve::serve(&flags, state_root)),
         other => anyhow::bail!("unknown action {other:?}: expected start, delete or gc"),
-    }
+    };
+    // What waits for a volume's server that is gone waits for ever.
+    runtime.shutdown_background();
+    done
 }

@@ -139,6 +139,8 @@ pub struct Mirrors {
     /// Most that a copy may take of the guest's memory, in bytes.
     most: u64,
     state: Mutex<State>,
+    /// Held while a volume is read for the first time, which may take long.
+    taking: Mutex<()>,
     /// Once there is something to watch.
     watching: watch::Sender<Option<Arc<Watch>>>,
 }
@@ -149,13 +151,14 @@ impl Mirrors {
         Self {
             most: (memory / PART).min(MOST),
             state: Mutex::default(),
+            taking: Mutex::default(),
             watching: watch::Sender::new(None),
         }
     }
 
     /// Takes a directory that a container may only read into care, if it is changed as a whole; `users`
     /// are those that its owners are users of. A volume that is not taken is shared as any other: its
-    /// changes show, and raise no event.
+    /// changes show, and raise no event. Blocks while the volume is read.
     pub fn take(&self, volume: &Path, users: Option<&Users>) -> Option<Arc<Mirror>> {
         if !snapshot::has_layout(volume) {
             return None;
@@ -175,20 +178,25 @@ impl Mirrors {
         let root = sys::copy_of(volume, BindOptions::default()).map_err(failed)?;
         let stat = fstat(&root).map_err(|errno| failed(errno.into()))?;
         let identity = (stat.st_dev, stat.st_ino);
-        let mut state = lock(&self.state);
-        let same = |m: &&Arc<Mirror>| m.identity == identity && m.users.as_ref() == users;
-        if let Some(mirror) = state.mirrors.iter().find(same) {
-            return Ok(mirror.clone());
+        let _turn = lock(&self.taking);
+        let (known, watch, count) = {
+            let state = lock(&self.state);
+            let same = |m: &&Arc<Mirror>| m.identity == identity && m.users.as_ref() == users;
+            let known = state.mirrors.iter().find(same).cloned();
+            (known, state.watch.clone(), state.mirrors.len())
+        };
+        if let Some(mirror) = known {
+            return Ok(mirror);
         }
-        let watch = match &state.watch {
-            Some(watch) => watch.clone(),
+        let watch = match watch {
+            Some(watch) => watch,
             None => Arc::new(Watch::new().map_err(failed)?),
         };
         // Before it is read: no change is missed.
         let watched = watch.add(&root).map_err(failed)?;
         let mirror = Mirror {
             volume: volume.into(),
-            id: (state.mirrors.len() + 1).to_string(),
+            id: (count + 1).to_string(),
             root,
             identity,
             users: users.cloned(),
@@ -202,6 +210,7 @@ impl Mirrors {
             return Err(e);
         }
         let mirror = Arc::new(mirror);
+        let mut state = lock(&self.state);
         state.mirrors.push(mirror.clone());
         if state.watch.is_none() {
             state.watch = Some(watch.clone());

@@ -33,7 +33,7 @@ use crate::podspec::{PodSpec, SandboxRequest};
 use crate::seat::Seat;
 use crate::spec::Network;
 use crate::stats;
-use crate::task::status;
+use crate::task::{status, to_its_end};
 
 /// States of a sandbox, by the names of Kubernetes' PodSandboxState.
 const READY: &str = "SANDBOX_READY";
@@ -44,11 +44,12 @@ const NOT_READY: &str = "SANDBOX_NOTREADY";
 const ANSWER: Duration = Duration::from_millis(50);
 
 /// The service of this shim's sandbox.
+#[derive(Clone)]
 pub struct SandboxService {
     id: String,
     begun_at: SystemTime,
     /// Taken by CreateSandbox; an error of the configuration is told to it.
-    beginning: tokio::sync::Mutex<Result<Option<Beginning>, Arc<Error>>>,
+    beginning: Arc<tokio::sync::Mutex<Result<Option<Beginning>, Arc<Error>>>>,
     seat: Arc<Seat>,
     exit: Arc<Notify>,
 }
@@ -59,7 +60,9 @@ impl SandboxService {
         Self {
             id: id.into(),
             begun_at: SystemTime::now(),
-            beginning: tokio::sync::Mutex::new(beginning.map(Some).map_err(Arc::new)),
+            beginning: Arc::new(tokio::sync::Mutex::new(
+                beginning.map(Some).map_err(Arc::new),
+            )),
             seat,
             exit,
         }
@@ -244,6 +247,17 @@ macro_rules! answer {
     };
 }
 
+/// As `answer!`, for what must not be left half-way: `this` is the service in it.
+macro_rules! carry_out {
+    ($self:ident, $call:literal, $id:expr, $this:ident => $work:expr) => {{
+        let span = tracing::info_span!($call, sandbox = %$id);
+        let $this = $self.clone();
+        to_its_end(async move { $work }.instrument(span))
+            .await
+            .map_err(status)
+    }};
+}
+
 #[async_trait]
 impl Sandbox for SandboxService {
     async fn create_sandbox(
@@ -252,8 +266,8 @@ impl Sandbox for SandboxService {
         r: CreateSandboxRequest,
     ) -> ttrpc::Result<CreateSandboxResponse> {
         let id = r.sandbox_id.clone();
-        answer!("create-sandbox", id, {
-            self.do_create(r).await?;
+        carry_out!(self, "create-sandbox", id, this => {
+            this.do_create(r).await?;
             Ok(CreateSandboxResponse::new())
         })
     }
@@ -263,11 +277,9 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         r: StartSandboxRequest,
     ) -> ttrpc::Result<StartSandboxResponse> {
-        answer!(
-            "start-sandbox",
-            r.sandbox_id,
-            self.do_start(&r.sandbox_id).await
-        )
+        carry_out!(self, "start-sandbox", r.sandbox_id, this => {
+            this.do_start(&r.sandbox_id).await
+        })
     }
 
     async fn platform(
@@ -290,8 +302,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         r: StopSandboxRequest,
     ) -> ttrpc::Result<StopSandboxResponse> {
-        answer!("stop-sandbox", r.sandbox_id, {
-            self.do_stop(&r).await?;
+        carry_out!(self, "stop-sandbox", r.sandbox_id, this => {
+            this.do_stop(&r).await?;
             Ok(StopSandboxResponse::new())
         })
     }
@@ -331,8 +343,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         r: ShutdownSandboxRequest,
     ) -> ttrpc::Result<ShutdownSandboxResponse> {
-        answer!("shutdown-sandbox", r.sandbox_id, {
-            self.do_shutdown(&r.sandbox_id).await?;
+        carry_out!(self, "shutdown-sandbox", r.sandbox_id, this => {
+            this.do_shutdown(&r.sandbox_id).await?;
             Ok(ShutdownSandboxResponse::new())
         })
     }
@@ -342,10 +354,8 @@ impl Sandbox for SandboxService {
         _: &TtrpcContext,
         r: SandboxMetricsRequest,
     ) -> ttrpc::Result<SandboxMetricsResponse> {
-        answer!(
-            "sandbox-metrics",
-            r.sandbox_id,
-            self.do_metrics(&r.sandbox_id).await
-        )
+        carry_out!(self, "sandbox-metrics", r.sandbox_id, this => {
+            this.do_metrics(&r.sandbox_id).await
+        })
     }
 }

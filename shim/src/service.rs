@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_shim_protos::events::task::{
     TaskDelete, TaskExecAdded, TaskExecStarted, TaskExit, TaskOOM, TaskPaused, TaskResumed,
@@ -22,6 +22,13 @@ use crate::up::Up;
 
 /// How long a VM's death may take to be noticed when the agent's connection has broken.
 const DEATH: Duration = Duration::from_secs(3);
+/// How often the guest may tell of an event, and containerd is told that a container had no memory: it
+/// takes the events of all pods one after the other, and writes each of these to its disk.
+const EVENT_PAUSE: Duration = Duration::from_millis(100);
+const OOM_PAUSE: Duration = Duration::from_secs(1);
+/// How long a process may live on that was sent SIGKILL, in times that a guest may take to boot: 90 s where
+/// nothing else is configured, and so longer than a VM may be stopped.
+const KILL_PATIENCE: u32 = 3;
 
 impl Pod {
     /// The container of this id.
@@ -85,6 +92,7 @@ impl Pod {
                 (KILLED, None)
             }
         };
+        process.note_reported();
         faults::at("exit");
         if let Some(streams) = process.streams() {
             streams.finish(handed).await;
@@ -118,7 +126,11 @@ impl Pod {
     /// Publishes what happens in the guest.
     pub(crate) async fn hear_events(self: Arc<Self>, up: Arc<Up>) {
         let empty = messages::Empty::default();
+        let mut first = true;
         loop {
+            if !std::mem::take(&mut first) {
+                tokio::time::sleep(EVENT_PAUSE).await;
+            }
             let event = match self.call(&up, up.agent.next_event(&empty)).await {
                 Ok(event) => event,
                 Err(Error::VmGone { .. }) => return,
@@ -147,7 +159,15 @@ impl Pod {
         }
     }
 
+    /// Tells of it, unless that was done a moment ago.
     fn publish_oom(&self, container: &Container) {
+        {
+            let (now, mut last) = (Instant::now(), lock(&container.oom_at));
+            if last.is_some_and(|last| now.duration_since(last) < OOM_PAUSE) {
+                return;
+            }
+            *last = Some(now);
+        }
         let event = TaskOOM {
             container_id: container.id.clone(),
             ..Default::default()
@@ -289,7 +309,13 @@ impl Pod {
     ///
     /// # Errors
     /// It has ended, or was never started.
-    pub async fn kill(&self, id: &str, exec: &str, signal: u32, all: bool) -> Result<()> {
+    pub async fn kill(
+        self: &Arc<Self>,
+        id: &str,
+        exec: &str,
+        signal: u32,
+        all: bool,
+    ) -> Result<()> {
         let container = self.container(id)?;
         let process = container.process(exec)?;
         match process.phase() {
@@ -314,6 +340,9 @@ impl Pod {
             all,
             ..Default::default()
         };
+        if signal == libc::SIGKILL as u32 && process.doom() {
+            tokio::spawn(see_killed(up.clone(), process.clone()));
+        }
         let sent = self.call(&up, up.agent.signal_process(&request)).await;
         faults::at("kill: sent");
         match sent {
@@ -530,6 +559,24 @@ impl Pod {
         self.call(&up, up.agent.resize_terminal(&request))
             .await
             .map(|_| ())
+    }
+}
+
+/// Sees to it that a process which was sent SIGKILL ends. Only the guest can end it: one that does not, or
+/// does not say so, is ended as a whole, for otherwise its pod could not be removed.
+async fn see_killed(up: Arc<Up>, process: Arc<Process>) {
+    let limit = up.agent.patience() * KILL_PATIENCE;
+    if tokio::time::timeout(limit, process.reported())
+        .await
+        .is_err()
+    {
+        tracing::error!(
+            container = process.container,
+            exec = process.exec,
+            "the guest has not ended a killed process within {} s, ending the pod",
+            limit.as_secs()
+        );
+        up.vm.kill().await;
     }
 }
 

@@ -73,7 +73,8 @@ fn code(error: &Error) -> Code {
         }
         Error::Agent(e) => e.code().unwrap_or(Code::UNKNOWN),
         Error::Pod(inner) => code(inner),
-        Error::Config(_)
+        Error::Unfinished(_)
+        | Error::Config(_)
         | Error::Rootfs(_)
         | Error::Disk(_)
         | Error::Mirror(_)
@@ -233,6 +234,29 @@ macro_rules! answer {
     };
 }
 
+/// As `answer!`, for what must not be left half-way: `this` is the service in it.
+macro_rules! carry_out {
+    ($self:ident, $call:literal, $id:expr, $this:ident => $work:expr) => {{
+        let span = tracing::info_span!($call, container = %$id);
+        let $this = $self.clone();
+        to_its_end(async move { $work }.instrument(span))
+            .await
+            .map_err(status)
+    }};
+}
+
+/// Does the work of a call also when nobody waits for it any more. ttrpc drops a call in the middle when its
+/// time is over or the client's connection closes (containerd is restarted); what had been made by then
+/// would be known to nobody, and a message to the guest's agent that is cut off ends that connection.
+pub async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    match tokio::spawn(work).await {
+        Ok(answer) => answer,
+        Err(e) => Err(Error::Unfinished(e)),
+    }
+}
+
 #[async_trait]
 impl Task for TaskService {
     async fn create(
@@ -241,12 +265,12 @@ impl Task for TaskService {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let id = request.id.clone();
-        answer!("create", id, self.do_create(request).await)
+        carry_out!(self, "create", id, this => this.do_create(request).await)
     }
 
     async fn start(&self, _: &TtrpcContext, r: StartRequest) -> ttrpc::Result<StartResponse> {
-        answer!("start", r.id, {
-            let pid = self.pod()?.start(&r.id, &r.exec_id).await?;
+        carry_out!(self, "start", r.id, this => {
+            let pid = this.pod()?.start(&r.id, &r.exec_id).await?;
             Ok(StartResponse {
                 pid,
                 ..Default::default()
@@ -259,7 +283,7 @@ impl Task for TaskService {
     }
 
     async fn delete(&self, _: &TtrpcContext, r: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
-        answer!("delete", r.id, self.do_delete(&r).await)
+        carry_out!(self, "delete", r.id, this => this.do_delete(&r).await)
     }
 
     async fn pids(&self, _: &TtrpcContext, r: PidsRequest) -> ttrpc::Result<PidsResponse> {
@@ -277,15 +301,15 @@ impl Task for TaskService {
     }
 
     async fn pause(&self, _: &TtrpcContext, r: PauseRequest) -> ttrpc::Result<Empty> {
-        answer!("pause", r.id, {
-            self.pod()?.set_paused(&r.id, true).await?;
+        carry_out!(self, "pause", r.id, this => {
+            this.pod()?.set_paused(&r.id, true).await?;
             Ok(Empty::new())
         })
     }
 
     async fn resume(&self, _: &TtrpcContext, r: ResumeRequest) -> ttrpc::Result<Empty> {
-        answer!("resume", r.id, {
-            self.pod()?.set_paused(&r.id, false).await?;
+        carry_out!(self, "resume", r.id, this => {
+            this.pod()?.set_paused(&r.id, false).await?;
             Ok(Empty::new())
         })
     }
@@ -295,8 +319,8 @@ impl Task for TaskService {
     }
 
     async fn kill(&self, _: &TtrpcContext, r: KillRequest) -> ttrpc::Result<Empty> {
-        answer!("kill", r.id, {
-            self.pod()?.kill(&r.id, &r.exec_id, r.signal, r.all).await?;
+        carry_out!(self, "kill", r.id, this => {
+            this.pod()?.kill(&r.id, &r.exec_id, r.signal, r.all).await?;
             Ok(Empty::new())
         })
     }
@@ -322,8 +346,8 @@ impl Task for TaskService {
     }
 
     async fn resize_pty(&self, _: &TtrpcContext, r: ResizePtyRequest) -> ttrpc::Result<Empty> {
-        answer!("resize", r.id, {
-            self.pod()?
+        carry_out!(self, "resize", r.id, this => {
+            this.pod()?
                 .resize(&r.id, &r.exec_id, r.height, r.width)
                 .await?;
             Ok(Empty::new())
@@ -341,13 +365,13 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, r: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        answer!("update", r.id, {
+        carry_out!(self, "update", r.id, this => {
             let resources = r
                 .resources
                 .into_option()
                 .map(|any| any.value)
                 .unwrap_or_default();
-            self.pod()?.update(&r.id, resources).await?;
+            this.pod()?.update(&r.id, resources).await?;
             Ok(Empty::new())
         })
     }
@@ -365,7 +389,7 @@ impl Task for TaskService {
     }
 
     async fn stats(&self, _: &TtrpcContext, r: StatsRequest) -> ttrpc::Result<StatsResponse> {
-        answer!("stats", r.id, self.do_stats(&r.id).await)
+        carry_out!(self, "stats", r.id, this => this.do_stats(&r.id).await)
     }
 
     async fn connect(&self, _: &TtrpcContext, _: ConnectRequest) -> ttrpc::Result<ConnectResponse> {

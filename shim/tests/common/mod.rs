@@ -132,6 +132,13 @@ struct Running {
     ended: watch::Sender<Option<u32>>,
 }
 
+impl Running {
+    /// Whether this guest is to lie about the process, in this manner: a process `lie MANNER`.
+    fn lies(&self, manner: &str) -> bool {
+        matches!(self.args.as_slice(), [lie, how] if lie == "lie" && how == manner)
+    }
+}
+
 type Stdio3 = tokio::sync::Mutex<[Option<UnixStream>; 3]>;
 
 impl FakeAgent {
@@ -178,7 +185,14 @@ fn refused(code: ttrpc::Code, why: &str) -> ttrpc::Error {
 
 async fn run(running: Arc<Running>) -> std::io::Result<u32> {
     use std::os::unix::process::ExitStatusExt;
-    let mut command = Command::new(&running.args[0]);
+    let lies = running.args[0] == "lie";
+    let sleeper = ["sleep".to_string(), "600".to_string()];
+    let args = if lies {
+        &sleeper
+    } else {
+        running.args.as_slice()
+    };
+    let mut command = Command::new(&args[0]);
     // SAFETY: prctl is async-signal-safe. A guest's processes end with their VM, and so do these.
     unsafe {
         command.pre_exec(|| {
@@ -186,7 +200,7 @@ async fn run(running: Arc<Running>) -> std::io::Result<u32> {
         });
     }
     let mut child = command
-        .args(&running.args[1..])
+        .args(&args[1..])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -251,8 +265,11 @@ impl agent_ttrpc::Agent for FakeAgent {
             let sources = mounts.iter().map(|mount| mount["source"].as_str().unwrap());
             hear(format!("made with {}", Vec::from_iter(sources).join(" ")));
         }
-        self.add((r.container_id, String::new()), &spec["process"], &r.stdio)
-            .await;
+        let id = (r.container_id, String::new());
+        self.add(id.clone(), &spec["process"], &r.stdio).await;
+        if self.find(&id.0, "")?.lies("slow") {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         Ok(ProcessCreated::new())
     }
 
@@ -311,6 +328,15 @@ impl agent_ttrpc::Agent for FakeAgent {
         r: SignalProcessRequest,
     ) -> ttrpc::Result<Empty> {
         let running = self.find(&r.container_id, &r.exec_id)?;
+        if running.lies("deaf") {
+            return Ok(Empty::new());
+        }
+        if running.lies("wordy") && r.signal != 9 {
+            return Err(refused(
+                ttrpc::Code::UNKNOWN,
+                &"no\x1b[2J\nlevel=error ".repeat(50_000),
+            ));
+        }
         let _starting = running.starting.lock().await;
         if running.ended.borrow().is_some() {
             return Err(refused(ttrpc::Code::NOT_FOUND, "it has ended"));
@@ -347,7 +373,20 @@ impl agent_ttrpc::Agent for FakeAgent {
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Event> {
-        std::future::pending().await
+        loop {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            let processes = self.processes.lock().unwrap();
+            let of = |manner| processes.iter().find(|(_, running)| running.lies(manner));
+            let said = match (of("loud"), of("foreign")) {
+                (Some(((id, _), _)), _) => id.clone(),
+                (_, Some(_)) => "somebody-else".into(),
+                _ => continue,
+            };
+            return Ok(Event {
+                kind: Some(event::Kind::Oom(said)),
+                ..Default::default()
+            });
+        }
     }
 
     async fn shutdown(&self, _: &TtrpcContext, _: Empty) -> ttrpc::Result<Empty> {
