@@ -146,6 +146,9 @@ fn run(
         let exit = Arc::new(Exit::new()?);
         let vm = vm::boot(prepared, spec, fds, &exit, &mut stages)?;
         jail::confine_thread(seccomp::Thread::Control)?;
+        // Not before: all threads share their memory.
+        vm.vcpus.resume();
+        stages.reached("running");
         Ok((vm, exit, listener, flavour))
     };
     let (vm, exit, listener, flavour) = match boot() {

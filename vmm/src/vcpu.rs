@@ -201,13 +201,17 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each of `vcpus`; they run at once.
+    /// Starts a thread for each of `vcpus`. They wait for [`Vcpus::resume`]: whoever starts them has
+    /// something to do before there is a guest.
     ///
     /// # Errors
     /// The host gives no thread.
     pub fn start(vcpus: Vec<Vcpu>, bus: &Arc<Bus>, exit: &Arc<Exit>) -> io::Result<Self> {
+        let gate = Gate::default();
+        gate.lock().paused = true;
+        gate.closed.store(true, Ordering::SeqCst);
         let mut all = Self {
-            gate: Arc::new(Gate::default()),
+            gate: Arc::new(gate),
             bus: bus.clone(),
             exit: exit.clone(),
             threads: Vec::with_capacity(vcpus.len()),

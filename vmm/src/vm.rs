@@ -287,7 +287,7 @@ impl Builder {
     }
 }
 
-/// Boots what `spec` says. When it returns the vCPUs run.
+/// Makes ready what `spec` says. When it returns the vCPUs wait for [`Vcpus::resume`].
 ///
 /// # Errors
 /// One sentence for the operator: what of the specification or the host is not fit.
@@ -424,7 +424,6 @@ pub fn boot(
     }
     stages.reached("configured");
     let vcpus = Vcpus::start(cpus, &bus, exit).context("cannot start a vCPU thread")?;
-    stages.reached("running");
     Ok(Vm {
         vcpus,
         bus,
