@@ -11,6 +11,7 @@ pub mod devices;
 pub mod fuse;
 pub mod guest;
 pub mod input;
+pub mod json;
 pub mod machine;
 pub mod net;
 pub mod pods;

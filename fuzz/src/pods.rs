@@ -21,6 +21,7 @@ use sepal_shim::sys::BindOptions;
 use sepal_shim::users::Users;
 
 use crate::input::Input;
+use crate::json;
 
 const HOST: Host = Host {
     cpus: 8,
@@ -45,17 +46,33 @@ fn check_size(size: &Size) {
     assert!(1 <= size.cpus.boot && size.cpus.boot <= size.cpus.max && size.cpus.max <= 64);
 }
 
-/// A container's OCI spec, from the bundle to what libcontainer is given in the guest.
-pub fn oci_spec(data: &[u8]) {
-    let mut input = Input::new(data);
-    let (role, text) = (input.byte(), input.rest());
-    let role = match role % 3 {
+/// A spec in which there is something of everything, in JSON, after its first byte.
+const WHOLE: &[u8] = include_bytes!("../corpus/oci_spec/seed-full-0");
+
+/// The spec that an input tells: the whole one with changes, or by its text. Its first byte, which tells the
+/// container's role as well, says which.
+pub fn spec_text(input: &mut Input) -> (Role, Vec<u8>) {
+    let first = input.byte();
+    let role = match first % 3 {
         0 => Role::Alone,
         1 => Role::Sandbox,
         _ => Role::Member {
             sandbox: "pod".into(),
         },
     };
+    let text = match first / 3 % 2 {
+        0 => input.rest(),
+        _ => {
+            let whole = serde_json::from_slice(&WHOLE[1..]).expect("the seed is JSON");
+            json::changed(whole, input).to_string().into_bytes()
+        }
+    };
+    (role, text)
+}
+
+/// A container's OCI spec, from the bundle to what libcontainer is given in the guest.
+pub fn oci_spec(data: &[u8]) {
+    let (role, text) = spec_text(&mut Input::new(data));
     if let Ok(spec) = serde_json::from_slice::<Spec>(&text) {
         // The agent believes no more of a spec than the shim does.
         in_guest(spec, &["ipc".into(), "pid".into()]);

@@ -4,8 +4,10 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::sync::atomic::Ordering;
 
+use oci_spec::runtime::Spec;
 use sepal_fuzz::guest::{Guest, memory_file};
 use sepal_fuzz::input::Input;
+use sepal_fuzz::pods::spec_text;
 use sepal_vmm::virtio::blk::Blk;
 use sepal_vmm::virtio::rng::Rng;
 use sepal_vmm::virtio::vsock::Vsock;
@@ -61,4 +63,27 @@ fn a_guest_that_dials_is_connected() {
     let mut device = Vsock::new(3, path).unwrap();
     let line = Guest::drive(Input::new(seed!("vsock/seed-dial")), &mut device, ());
     assert!(server.accept().is_ok() && line.used.load(Ordering::Relaxed) > 0);
+}
+
+#[test]
+fn most_changes_of_a_spec_leave_it_a_spec() {
+    // A generator of Park and Miller's, as good as any here.
+    let mut state = 1_u64;
+    let mut byte = || {
+        state = state * 48271 % 0x7fff_ffff;
+        (state >> 8) as u8
+    };
+    let (mut specs, mut texts) = (0, std::collections::BTreeSet::new());
+    for _ in 0..200 {
+        let mut bytes: Vec<u8> = (0..16).map(|_| byte()).collect();
+        bytes[0] = 3;
+        let (_, text) = spec_text(&mut Input::new(&bytes));
+        specs += usize::from(serde_json::from_slice::<Spec>(&text).is_ok());
+        texts.insert(text);
+    }
+    assert!(
+        specs > 100 && texts.len() > 150,
+        "{specs} of {}",
+        texts.len()
+    );
 }
