@@ -115,6 +115,34 @@ fn the_shim_is_killed() {
 
 #[test]
 #[ignore = "needs a bed: tests/run"]
+fn a_vm_does_not_outlive_its_shim_when_nobody_cleans_up() {
+    let bed = Bed::alone();
+    if !bed.has_vm() {
+        return;
+    }
+    let container = idle(&bed);
+    let of_pod = [PodProcess::Vmm, PodProcess::Fs];
+    let pids = of_pod.map(|process| container.pid_of(&bed, process));
+    // Who would otherwise have the shim's program remove what is left.
+    bed.containerd("kill").success();
+    container.kill_9(&bed, PodProcess::Shim);
+    let begun = Instant::now();
+    for pid in pids {
+        // A zombie is one that nobody has collected, and no process.
+        let gone = format!("! grep -q '^State:[[:space:]]*[^ZX]' /proc/{pid}/status 2>/dev/null");
+        eventually("it ends with its shim", seconds(20), || {
+            bed.sh(&gone).run().ok().then_some(())
+        });
+    }
+    let took = begun.elapsed();
+    assert!(took < bed.scaled(seconds(5), seconds(20)), "{took:?}");
+    bed.containerd("start").success();
+    truth_within_five_seconds(&bed, &container);
+    removed_completely(&bed, &container);
+}
+
+#[test]
+#[ignore = "needs a bed: tests/run"]
 fn containerd_is_killed_and_the_container_lives_on() {
     let bed = Bed::alone();
     let scratch = bed.scratch();
