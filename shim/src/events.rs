@@ -94,11 +94,7 @@ async fn forward(address: String, mut receiver: mpsc::UnboundedReceiver<Item>) {
             }
         }
         while let Ok(item) = receiver.try_recv() {
-            if kept.len() == MAX_KEPT {
-                let least = kept.iter().position(Item::is_oom).unwrap_or(0);
-                kept.remove(least);
-            }
-            kept.push_back(item);
+            keep(&mut kept, item);
         }
         let done = match kept.front() {
             Some(Item::Event(event)) => forward_one(&address, &mut client, event).await,
@@ -116,6 +112,15 @@ async fn forward(address: String, mut receiver: mpsc::UnboundedReceiver<Item>) {
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(MAX_PAUSE);
     }
+}
+
+/// Keeps it, and of too many not all.
+fn keep(kept: &mut VecDeque<Item>, item: Item) {
+    if kept.len() == MAX_KEPT {
+        let least = kept.iter().position(Item::is_oom).unwrap_or(0);
+        kept.remove(least);
+    }
+    kept.push_back(item);
 }
 
 /// Whether the event is done with: taken, or refused for good.
@@ -150,5 +155,30 @@ async fn forward_one(address: &str, client: &mut Option<EventsClient>, event: &E
             tracing::debug!(topic = event.topic(), "event not taken: {e}");
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_guest_tells_does_not_push_out_the_ends_of_processes() {
+        let event = |topic: &str| {
+            let mut envelope = Envelope::new();
+            envelope.set_topic(topic.into());
+            Item::Event(Box::new(envelope))
+        };
+        let mut kept = VecDeque::new();
+        keep(&mut kept, event("/tasks/exit"));
+        for _ in 0..2 * MAX_KEPT {
+            keep(&mut kept, event(OOM));
+        }
+        assert_eq!(kept.len(), MAX_KEPT);
+        assert!(!kept[0].is_oom() && kept.range(1..).all(Item::is_oom));
+        for _ in 0..2 * MAX_KEPT {
+            keep(&mut kept, event("/tasks/exit"));
+        }
+        assert!(kept.len() == MAX_KEPT && !kept.iter().any(Item::is_oom));
     }
 }
