@@ -51,11 +51,12 @@ impl Up {
         if nics.is_empty() {
             return Ok(());
         }
-        *connected = true;
         for (number, nic) in nics.into_iter().enumerate() {
             self.vm.add_net(number, nic).await?;
         }
         self.agent.update_network(&network).await?;
+        // A start that is tried again after one that failed must not run without it.
+        *connected = true;
         Ok(())
     }
 
