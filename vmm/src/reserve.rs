@@ -70,7 +70,8 @@ impl Reserve {
     ) -> Result<Option<Self>, Error> {
         check(spec.max_huge)?;
         let gpa = match reserve {
-            Some(below) => (below.gpa + below.size).next_multiple_of(LARGE_BLOCK),
+            // Not next to it: nothing may run from one into the other.
+            Some(below) => (below.gpa + below.size + 1).next_multiple_of(LARGE_BLOCK),
             None => Layout::new(spec.size)?.reserve_start(),
         };
         let huge = MemorySpec {
@@ -208,6 +209,10 @@ mod tests {
         assert!(huge.is_huge() && !below.is_huge());
         let alone = Reserve::huge(&spec, None, 46).unwrap().unwrap();
         assert_eq!(alone.gpa(), 68 * GIB);
+        spec.max = spec.size + 2 * GIB;
+        let below = Reserve::new(&spec, 46).unwrap().unwrap();
+        let huge = Reserve::huge(&spec, Some(&below), 46).unwrap().unwrap();
+        assert_eq!((below.size(), huge.gpa()), (2 * GIB, 72 * GIB));
         spec.max_huge = 3 * MIB;
         assert!(Reserve::huge(&spec, None, 46).is_err());
     }

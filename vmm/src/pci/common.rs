@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bitflags::bitflags;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::signals::Signals;
@@ -304,7 +304,20 @@ impl CommonConfig {
         queue.try_set_avail_ring_address(driver).ok()?;
         queue.try_set_used_ring_address(device).ok()?;
         queue.set_ready(true);
-        queue.is_valid(&*self.memory).then_some(queue)
+        let valid = queue.is_valid(&*self.memory) && self.each_is_in_one_region(setup);
+        valid.then_some(queue)
+    }
+
+    /// Whether none of the queue's parts runs from one region of memory into the next: vhost-net is told
+    /// where the first byte of each is in this process, and takes what lies behind it for the rest.
+    fn each_is_in_one_region(&self, setup: &QueueSetup) -> bool {
+        let size = usize::from(setup.size);
+        // virtio 1.2, 2.7: descriptors, and both rings with their event fields.
+        let lengths = [16 * size, 6 + 2 * size, 6 + 8 * size];
+        setup.addresses.iter().zip(lengths).all(|(gpa, length)| {
+            let at = vm_memory::GuestAddress(*gpa);
+            self.memory.get_slice(at, length).is_ok()
+        })
     }
 }
 

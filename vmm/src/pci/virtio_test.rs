@@ -83,10 +83,13 @@ struct Driver {
 }
 
 fn driver_of(probe: Probe) -> Driver {
+    driver_with(probe, &[(GuestAddress(0), 1 << 20)])
+}
+
+fn driver_with(probe: Probe, ranges: &[(GuestAddress, usize)]) -> Driver {
     let wires = Arc::new(TestWires::default());
     let seen = probe.seen.clone();
-    let ranges = [(GuestAddress(0), 1 << 20)];
-    let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
+    let memory = Arc::new(GuestMemoryMmap::from_ranges(ranges).unwrap());
     let launcher = Arc::new(Launcher::start().unwrap());
     let function = VirtioPci::new(Box::new(probe), memory, wires.clone(), launcher, BAR).unwrap();
     let mut driver = Driver {
@@ -353,6 +356,25 @@ fn queues_in_impossible_places_make_the_device_need_a_reset() {
         driver.set(0x14, &[ACKNOWLEDGED | FEATURES_OK | DRIVER_OK]);
         assert_ne!(driver.status() & NEEDS_RESET, 0, "{base:#x}");
         assert!(driver.seen.active.lock().unwrap().is_none());
+    }
+}
+
+#[test]
+fn a_queue_that_runs_from_one_region_into_the_next_makes_the_device_need_a_reset() {
+    let ranges = [(GuestAddress(0), 1 << 20), (GuestAddress(1 << 20), 1 << 20)];
+    // 64 descriptors are 0x400 bytes, the device's ring is 0x206.
+    for (base, good) in [
+        (0xf_fc00, true),
+        (0xf_fc10, false),
+        (0xf_dfc0, false),
+        (0xf_ddc0, true),
+        (0xf_e000, true),
+    ] {
+        let mut driver = driver_with(probe(), &ranges);
+        driver.negotiate(VERSION_1);
+        driver.set_up_queue(0, 64, base);
+        driver.set(0x14, &[ACKNOWLEDGED | FEATURES_OK | DRIVER_OK]);
+        assert_eq!(driver.status() & NEEDS_RESET == 0, good, "{base:#x}");
     }
 }
 
