@@ -46,6 +46,12 @@ pub enum RingError {
         /// Index of the chain's first descriptor.
         head: u16,
     },
+    /// More buffers on offer than the queue has descriptors.
+    #[error("more buffers than a queue of {size} has")]
+    Overrun {
+        /// Descriptors in the table.
+        size: u16,
+    },
     /// A device-readable buffer behind a device-writable one (virtio 1.2, 2.7.4.2).
     #[error("readable buffer behind a writable one in chain {head}")]
     Order {

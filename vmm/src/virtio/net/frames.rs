@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use super::tap::{HEADER_LEN, Tap};
 use super::{GUEST_TSO4, GUEST_TSO6, MRG_RXBUF};
 use crate::virtio::buffer::Writer;
-use crate::virtio::error::{Complaints, DeviceError};
+use crate::virtio::error::{Complaints, DeviceError, RingError};
 use crate::virtio::ring::{Chain, Ring};
 
 /// Largest frame that needs cutting, with its Ethernet header (virtio 1.2, 5.1.6.3.1).
@@ -78,6 +78,8 @@ impl<'m> Receiver<'m> {
     /// Takes buffers until the largest frame fits. False: the driver has to offer more first, and
     /// will kick.
     fn make_room(&mut self) -> Result<bool, DeviceError> {
+        let size = self.ring.size();
+        let mut useless = 0;
         loop {
             // Without merging a frame gets one buffer, which must be large enough (5.1.6.3.1):
             // the tap cuts off what is too much.
@@ -94,7 +96,13 @@ impl<'m> Receiver<'m> {
                     self.complaints
                         .warn("net", &"receive buffer without room for a header");
                     self.ring.complete(chain.head, 0)?;
+                    useless += 1;
+                    // A driver that goes on offering them would keep us here.
+                    if useless > size {
+                        return Err(overrun(size));
+                    }
                 }
+                Some(_) if self.waiting.len() == usize::from(size) => return Err(overrun(size)),
                 Some(chain) => {
                     self.room += chain.writable.len();
                     self.waiting.push_back(chain);
@@ -168,6 +176,11 @@ impl<'m> Receiver<'m> {
         }
         Ok(())
     }
+}
+
+fn overrun(size: u16) -> DeviceError {
+    let source = RingError::Overrun { size };
+    DeviceError::Ring { queue: 0, source }
 }
 
 /// Frames of the guest.

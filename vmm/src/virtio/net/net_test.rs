@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::tap::HEADER_LEN;
 use super::*;
-use crate::virtio::testing::{DriverQueue, Guest, PATIENCE, Segment, readable, writable};
+use crate::virtio::testing::{DriverQueue, Guest, PATIENCE, Segment, WRITE, readable, writable};
 
 const MAC_ADDRESS: [u8; 6] = [0x02, 0, 0, 0, 0, 1];
 /// For experiments (IEEE 802).
@@ -481,6 +481,26 @@ fn a_receive_buffer_without_room_for_the_header_is_given_back() {
         &driver.received(PATIENCE).unwrap().1[HEADER_LEN..],
         frame(100, 1)
     );
+}
+
+#[test]
+fn receive_buffers_that_are_on_offer_again_and_again_stop_the_device() {
+    let Some(wire) = wire(1500, false) else {
+        return;
+    };
+    // None of them has been used when there are more than the queue has.
+    let mut driver = Driver::new(wire, MRG_RXBUF);
+    let gpa = driver.guest.alloc(64, 8);
+    driver
+        .receive
+        .write_desc(0, gpa, HEADER_LEN as u32, WRITE, 0);
+    let begun = Instant::now();
+    while !driver.guest.interrupt.wants_reset() {
+        driver.receive.offer_head(0);
+        driver.receive.kick();
+        assert!(begun.elapsed() < PATIENCE, "they are taken for ever");
+    }
+    driver.device.reset();
 }
 
 #[test]
