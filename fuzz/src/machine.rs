@@ -31,6 +31,7 @@ const MOST_ROUTES: u32 = 64;
 #[derive(Default)]
 struct Ends {
     gsis: u32,
+    free: Vec<u32>,
     routes: BTreeMap<u32, Msi>,
     lines: HashMap<i32, u32>,
     doorbells: HashSet<(u64, i32)>,
@@ -48,8 +49,19 @@ impl Kvm {
 }
 
 impl Wires for Kvm {
+    fn free_gsi(&self, gsi: u32) {
+        let mut ends = self.ends();
+        let wired = ends.lines.values().any(|line| *line == gsi);
+        assert!(!wired && !ends.free.contains(&gsi), "freed while in use");
+        ends.routes.remove(&gsi);
+        ends.free.push(gsi);
+    }
+
     fn allocate_gsi(&self) -> u32 {
         let mut ends = self.ends();
+        if let Some(gsi) = ends.free.pop() {
+            return gsi;
+        }
         ends.gsis += 1;
         assert!(ends.gsis <= MOST_ROUTES, "the guest uses up KVM's routes");
         ends.gsis

@@ -157,6 +157,8 @@ pub struct Msi {
 struct Routes {
     messages: BTreeMap<u32, Msi>,
     next: u32,
+    /// Numbers that were handed out and given back.
+    free: Vec<u32>,
 }
 
 impl Default for Routes {
@@ -164,6 +166,7 @@ impl Default for Routes {
         Self {
             messages: BTreeMap::new(),
             next: IOAPIC_PINS,
+            free: Vec::new(),
         }
     }
 }
@@ -273,12 +276,23 @@ impl Machine {
             .map_err(ioctl("KVM_IRQFD"))
     }
 
-    /// Hands out an interrupt number for a message-signalled interrupt, for good.
+    /// Hands out an interrupt number for a message-signalled interrupt.
     pub fn allocate_gsi(&self) -> u32 {
         let mut routes = lock(&self.routes);
+        if let Some(gsi) = routes.free.pop() {
+            return gsi;
+        }
         let gsi = routes.next;
         routes.next += 1;
         gsi
+    }
+
+    /// Takes a number back that nothing is connected to any more.
+    pub fn free_gsi(&self, gsi: u32) {
+        let mut routes = lock(&self.routes);
+        // KVM forgets the message when it is told of the next one.
+        routes.messages.remove(&gsi);
+        routes.free.push(gsi);
     }
 
     /// Says which message `gsi` stands for.

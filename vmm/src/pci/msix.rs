@@ -26,7 +26,7 @@ pub const FUNCTION_MASK: u16 = 1 << 14;
 struct Vector {
     message: Msi,
     masked: bool,
-    /// Taken when first unmasked, kept for good.
+    /// Taken when first unmasked, kept as long as the function is there.
     gsi: Option<u32>,
     /// The message that the irqfd stands for, while there is one.
     connected: Option<Msi>,
@@ -161,6 +161,11 @@ impl Drop for Msix {
     fn drop(&mut self) {
         self.open = false;
         (0..self.vectors.len()).for_each(|vector| self.rewire(vector));
+        // KVM has some thousands of them, and devices come and go.
+        let unwired = self.vectors.iter().filter(|v| v.connected.is_none());
+        unwired
+            .filter_map(|vector| vector.gsi)
+            .for_each(|gsi| self.wires.free_gsi(gsi));
     }
 }
 
@@ -235,6 +240,7 @@ mod tests {
         assert_eq!(wires.interrupts(), [Msi { data: 7, ..MESSAGE }]);
         drop(msix);
         assert_eq!(wires.connected(), 0);
+        assert_eq!(wires.allocated(), 0, "numbers are given back");
     }
 
     #[test]

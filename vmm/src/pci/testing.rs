@@ -13,6 +13,7 @@ use crate::memory::{ConfigPages, ECAM_START};
 #[derive(Default)]
 struct Ends {
     next: u32,
+    freed: u32,
     routes: BTreeMap<u32, Msi>,
     lines: HashMap<i32, (EventFd, u32)>,
     doorbells: BTreeMap<u64, i32>,
@@ -37,6 +38,12 @@ impl TestWires {
         messages
     }
 
+    /// How many interrupt numbers are in use.
+    pub fn allocated(&self) -> u32 {
+        let ends = self.0.lock().unwrap();
+        ends.next - ends.freed
+    }
+
     /// How many irqfds there are.
     pub fn connected(&self) -> usize {
         self.0.lock().unwrap().lines.len()
@@ -58,6 +65,12 @@ impl Wires for TestWires {
         let mut ends = self.0.lock().unwrap();
         ends.next += 1;
         ends.next
+    }
+
+    fn free_gsi(&self, gsi: u32) {
+        let mut ends = self.0.lock().unwrap();
+        assert!(ends.routes.remove(&gsi).is_some(), "freed twice");
+        ends.freed += 1;
     }
 
     fn route(&self, gsi: u32, msi: Msi) -> Result<(), Error> {

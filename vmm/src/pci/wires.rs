@@ -13,6 +13,7 @@ use crate::kvm::{Backing, Error, Machine, Msi, SlotId};
 )]
 pub trait Wires: Send + Sync {
     fn allocate_gsi(&self) -> u32;
+    fn free_gsi(&self, gsi: u32);
     fn route(&self, gsi: u32, msi: Msi) -> Result<(), Error>;
     fn connect(&self, event: &EventFd, gsi: u32) -> Result<(), Error>;
     fn disconnect(&self, event: &EventFd, gsi: u32) -> Result<(), Error>;
@@ -25,6 +26,10 @@ pub trait Wires: Send + Sync {
 impl Wires for Machine {
     fn allocate_gsi(&self) -> u32 {
         self.allocate_gsi()
+    }
+
+    fn free_gsi(&self, gsi: u32) {
+        self.free_gsi(gsi);
     }
 
     fn route(&self, gsi: u32, msi: Msi) -> Result<(), Error> {
