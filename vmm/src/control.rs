@@ -276,15 +276,6 @@ impl Control {
     }
 
     fn state(&self) -> VmState {
-        let mut console_tail = self.vm.log.tail();
-        let mut left = TAIL_BYTES;
-        let fits = console_tail.iter().rev().take_while(|line| {
-            // Escapes make a line at most six times as long in JSON; few are.
-            let fits = line.len() < left;
-            left = left.saturating_sub(line.len() + 4);
-            fits
-        });
-        let first = console_tail.len() - fits.count();
         VmState {
             running: !self.vm.vcpus.paused(),
             // At most 64.
@@ -296,7 +287,7 @@ impl Control {
             huge_pluggable: self.vm.size.huge.pluggable(),
             balloon: self.vm.size.balloon(),
             devices: self.vm.bus.pci.ids(),
-            console_tail: console_tail.split_off(first),
+            console_tail: last_lines(self.vm.log.tail()),
         }
     }
 
@@ -351,4 +342,35 @@ pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     listen(&listener, Backlog::new(8)?)?;
     Ok(listener)
+}
+
+/// The last lines, as many as fit into an answer.
+fn last_lines(mut lines: Vec<String>) -> Vec<String> {
+    let mut left = TAIL_BYTES;
+    let fits = lines.iter().rev().take_while(|line| {
+        // As JSON has it: a guest may write nothing but what has to be escaped.
+        let length = serde_json::to_string(line).map_or(left, |text| text.len() + 1);
+        let fits = length < left;
+        left = left.saturating_sub(length);
+        fits
+    });
+    let first = lines.len() - fits.count();
+    lines.split_off(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_lines_fit_into_an_answer_whatever_the_guest_has_written() {
+        let few = vec!["one".to_string(), "two".to_string()];
+        assert_eq!(last_lines(few.clone()), few);
+        for character in ["a", "\"", "\\", "\u{1}", "ä"] {
+            let lines = last_lines(vec![character.repeat(1023); 64]);
+            assert!(!lines.is_empty());
+            let length = serde_json::to_string(&lines).unwrap().len();
+            assert!(length <= TAIL_BYTES + 2, "{length} of {character:?}");
+        }
+    }
 }
