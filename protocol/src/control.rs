@@ -18,6 +18,9 @@ use crate::vm::{BlkSpec, KvmFlavour, NetSpec, VmSpec};
 pub const MAX_MESSAGE: usize = 64 * 1024;
 /// Most descriptors beside one message.
 pub const MAX_FDS: usize = 32;
+/// Most descriptors that the kernel lets come with a message (net/scm.h): with room for all of them none can
+/// be installed that nobody learns of.
+const SCM_MAX_FD: usize = 253;
 
 /// What a client asks of the VMM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -185,7 +188,7 @@ pub fn send<T: Serialize>(socket: &impl AsRawFd, message: &T, fds: &[RawFd]) -> 
 /// protocol does not say. Descriptors that came with a bad message are closed.
 pub fn receive<T: DeserializeOwned>(socket: &impl AsRawFd) -> Result<(T, Vec<OwnedFd>), Error> {
     let mut buffer = vec![0_u8; MAX_MESSAGE];
-    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
+    let mut space = nix::cmsg_space!([RawFd; SCM_MAX_FD]);
     let mut iov = [IoSliceMut::new(&mut buffer)];
     let received = loop {
         let flags = MsgFlags::MSG_CMSG_CLOEXEC;
@@ -205,10 +208,7 @@ pub fn receive<T: DeserializeOwned>(socket: &impl AsRawFd) -> Result<(T, Vec<Own
             );
         }
     }
-    if received
-        .flags
-        .intersects(MsgFlags::MSG_TRUNC | MsgFlags::MSG_CTRUNC)
-    {
+    if received.flags.contains(MsgFlags::MSG_TRUNC) || fds.len() > MAX_FDS {
         return Err(Error::TooLarge);
     }
     let length = received.bytes;
@@ -234,6 +234,22 @@ mod tests {
             SockFlag::SOCK_CLOEXEC,
         )
         .unwrap()
+    }
+
+    #[test]
+    fn more_descriptors_than_there_may_be_are_closed() {
+        let (a, b) = pair();
+        let (theirs, ours) = nix::unistd::pipe().unwrap();
+        let many = vec![ours.as_raw_fd(); MAX_FDS + 8];
+        let rights = [ControlMessage::ScmRights(&many)];
+        let iov = [IoSlice::new(b"null")];
+        sendmsg::<()>(a.as_raw_fd(), &iov, &rights, MsgFlags::empty(), None).unwrap();
+        let refused = receive::<()>(&b).unwrap_err();
+        assert!(matches!(refused, Error::TooLarge), "{refused}");
+        // No copy of the end for writing is left: this is the end of the file.
+        drop(ours);
+        let mut end = std::fs::File::from(theirs);
+        assert_eq!(end.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]
