@@ -152,7 +152,7 @@ impl Platform {
                 if kind == SLEEP_TYPE_OFF {
                     self.exit.end(ExitCause::PowerOff, "the guest powered off");
                 } else {
-                    tracing::warn!(kind, "the guest asks for a sleep state that is not offered");
+                    tracing::debug!(kind, "the guest asks for a sleep state that is not offered");
                 }
             }
             RESET if first == RESET_VALUE => {

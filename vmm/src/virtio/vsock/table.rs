@@ -94,6 +94,9 @@ impl Table {
             }
         }
         if connection.is_closed() {
+            if connection.queued {
+                self.round.retain(|waiting| *waiting != token);
+            }
             self.connections.remove(&token);
         } else if connection.has_packet() && !connection.queued {
             connection.queued = true;
