@@ -167,7 +167,7 @@ impl Cgroup {
             };
             std::fs::create_dir_all(directory).map_err(io("make it"))?;
             inherit_cpuset(directory);
-            enable(directory, &["cpu", "memory", "pids", "io"]);
+            enable(directory, &["cpu", "memory", "pids", "io", "hugetlb"]);
             for pid in pids {
                 match std::fs::write(directory.join("cgroup.procs"), pid.to_string()) {
                     Ok(()) => {}
@@ -175,6 +175,28 @@ impl Cgroup {
                     Err(e) if e.raw_os_error() == Some(libc::ESRCH) => {}
                     Err(e) => return Err(io("move a process into it")(e)),
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the pod have no more of the host's huge pages of 2 MiB, in bytes, where the kernel counts them. A
+    /// guest could take all that there are: they come as they are touched, and a VM has addresses for them.
+    ///
+    /// # Errors
+    /// The kernel refuses.
+    pub fn limit_huge_pages(&self, bytes: u64) -> Result<(), Error> {
+        for directory in &self.directories {
+            // Of version 2 and of version 1.
+            let files = ["hugetlb.2MB.max", "hugetlb.2MB.limit_in_bytes"];
+            let paths = files.map(|file| directory.join(file));
+            if let Some(path) = paths.into_iter().find(|path| path.exists()) {
+                let what = "limit the pod's huge pages";
+                std::fs::write(&path, bytes.to_string()).map_err(|source| Error::Io {
+                    what,
+                    path,
+                    source,
+                })?;
             }
         }
         Ok(())
@@ -342,6 +364,26 @@ mod tests {
         assert_eq!(path("-.slice:a:b").unwrap(), Path::new("a-b.scope"));
         let without_systemd = directory(Some(Path::new("a-b.slice:c:d")), "p", false);
         assert_eq!(without_systemd.unwrap(), Path::new("a-b.slice:c:d"));
+    }
+
+    #[test]
+    fn huge_pages_are_limited_where_they_are_counted() {
+        let [v2, v1, none] = [(); 3].map(|()| tempfile::tempdir().unwrap());
+        let files = [
+            v2.path().join("hugetlb.2MB.max"),
+            v1.path().join("hugetlb.2MB.limit_in_bytes"),
+        ];
+        for file in &files {
+            std::fs::write(file, "max").unwrap();
+        }
+        let cgroup = Cgroup {
+            directories: [&v2, &v1, &none].map(|dir| dir.path().into()).into(),
+        };
+        cgroup.limit_huge_pages(4 << 20).unwrap();
+        for file in &files {
+            assert_eq!(std::fs::read_to_string(file).unwrap(), "4194304");
+        }
+        assert_eq!(none.path().read_dir().unwrap().count(), 0);
     }
 
     #[test]

@@ -76,6 +76,9 @@ impl Beginning {
     }
 }
 
+/// The pod's network namespace, and the interfaces in it on the host's side and the guest's.
+type Found = (OwnedFd, Vec<network::Nic>, messages::Network);
+
 type Outcome = std::result::Result<Arc<Up>, Arc<Error>>;
 
 /// The one pod of this process.
@@ -301,11 +304,12 @@ impl Pod {
             faults::at("pod: cgroup");
             cgroup.hold(&pids)
         });
-        let booted = self.boot(vm, joined).await;
-        // In any case before the cgroup might be removed again.
+        let found = self.look_at_network(&vm, joined).await;
+        // In any case before the cgroup might be removed again, and before there is memory to be counted.
         held.await
             .map_err(|e| Error::io("make the cgroup of", &self.directory)(e.into()))??;
-        Ok(Arc::new(booted?))
+        self.limit_huge_pages(0)?;
+        Ok(Arc::new(self.boot(vm, found?).await?))
     }
 
     /// Makes a socket that the guest's calls of a port come to.
@@ -319,10 +323,9 @@ impl Pod {
         Ok(listener)
     }
 
-    /// From the processes to a guest that serves.
-    async fn boot(&self, vm: Arc<Vm>, joined: Option<OwnedFd>) -> Result<Up> {
-        let (config, spec) = (&self.config, &self.spec);
-        let ready = self.listen_for_guest(ports::READY)?;
+    /// Runs the hooks that make the pod's network, and looks at what is there.
+    async fn look_at_network(&self, vm: &Vm, joined: Option<OwnedFd>) -> Result<Found> {
+        let spec = &self.spec;
         faults::at("boot");
         let state = hooks::State {
             pid: Some(vm.vmm_pid),
@@ -334,10 +337,16 @@ impl Pod {
             None => open_netns(Path::new(&format!("/proc/{}/ns/net", vm.vmm_pid)))?,
         };
         let (nics, network) = up::scan_network(&netns).await?;
-        let connected = tokio::sync::Mutex::new(!nics.is_empty());
         self.timeline.note("network");
         faults::at("boot: network");
+        Ok((netns, nics, network))
+    }
 
+    /// From the processes to a guest that serves.
+    async fn boot(&self, vm: Arc<Vm>, (netns, nics, network): Found) -> Result<Up> {
+        let (config, spec) = (&self.config, &self.spec);
+        let connected = tokio::sync::Mutex::new(!nics.is_empty());
+        let ready = self.listen_for_guest(ports::READY)?;
         let booted = vm.boot(config, &self.name, &spec.size, nics).await?;
         self.timeline.note("boot-answered");
         faults::at("boot: answered");

@@ -215,11 +215,17 @@ impl Pod {
         let before = extent.ledger.clone();
         extent.ledger.set(account, demand.limits);
         let huge = extent.ledger.huge();
-        if huge > before.huge()
-            && let Err(e) = keep_huge_pages(&*self.up().await?, huge).await
-        {
-            extent.ledger = before;
-            return Err(e);
+        if huge > before.huge() {
+            let up = self.up().await?;
+            let kept = async {
+                self.limit_huge_pages(huge)?;
+                keep_huge_pages(&up, huge).await
+            };
+            if let Err(e) = kept.await {
+                let _ = self.limit_huge_pages(before.huge());
+                extent.ledger = before;
+                return Err(e);
+            }
         }
         if extent.ledger.totals() == before.totals() {
             return Ok(());
@@ -237,6 +243,19 @@ impl Pod {
         let done: Result<()> = done.await;
         if let Err(e) = done {
             tracing::warn!("the pod's size does not follow a new container's limits: {e}");
+        }
+        Ok(())
+    }
+
+    /// Lets the pod have so many bytes of the host's huge pages beside what its memory is made of.
+    pub(crate) fn limit_huge_pages(&self, bytes: u64) -> Result<()> {
+        let memory = match self.config.hugepages {
+            true => self.spec.size.max_memory,
+            false => 0,
+        };
+        let bytes = memory.saturating_add(bytes);
+        if let Some(cgroup) = self.cgroup() {
+            cgroup.limit_huge_pages(bytes.next_multiple_of(HUGE_PAGE))?;
         }
         Ok(())
     }
