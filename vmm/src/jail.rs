@@ -27,6 +27,10 @@ use crate::seccomp::{self, Thread};
 /// Descriptors for a pod with thousands of vsock connections; the hard limit may be lower.
 const DESCRIPTORS: u64 = 65_536;
 
+/// Threads at most: 64 vCPUs, a worker for each device and vhost's, and some. The user is the pod's own, and
+/// so they are counted for it alone.
+const THREADS: u64 = 256;
+
 /// Of linux/capability.h.
 const CAP_DAC_READ_SEARCH: u32 = 2;
 const CAP_SYS_CHROOT: u32 = 18;
@@ -42,9 +46,9 @@ pub fn before_boot() -> Result<()> {
     setrlimit(Resource::RLIMIT_CORE, 0, 0).context("cannot forbid core dumps")?;
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).context("cannot read limits")?;
     let wanted = hard.min(DESCRIPTORS);
-    if soft < wanted {
-        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard)
-            .context("cannot raise the limit of descriptors")?;
+    if soft < wanted || wanted < hard {
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, wanted)
+            .context("cannot set the limit of descriptors")?;
     }
     crate::kvm::install_kick_handler().context("cannot handle the kick signal")?;
     seccomp::install_handler().context("cannot handle forbidden system calls")?;
@@ -61,7 +65,8 @@ pub fn enter(jail: &JailSpec) -> Result<()> {
     unshare(flags).context("cannot make namespaces (root is needed)")?;
     leave_files(&jail.root)
         .with_context(|| format!("cannot make {} the root directory", jail.root.display()))?;
-    leave_user(jail.user).with_context(|| format!("cannot become user {}", jail.user))
+    leave_user(jail.user).with_context(|| format!("cannot become user {}", jail.user))?;
+    setrlimit(Resource::RLIMIT_NPROC, THREADS, THREADS).context("cannot set the limit of threads")
 }
 
 fn leave_files(root: &Path) -> nix::Result<()> {

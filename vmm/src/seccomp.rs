@@ -54,10 +54,8 @@ const EVERY: &[i64] = &[
     libc::SYS_write,
     libc::SYS_writev,
     libc::SYS_close,
-    libc::SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mremap,
-    libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_futex,
@@ -76,8 +74,6 @@ const EVERY: &[i64] = &[
     libc::SYS_restart_syscall,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // A panic or abort of ours must be able to end the process with its own signal.
-    libc::SYS_tgkill,
 ];
 
 /// vCPUs: KVM, wiring interrupts and doorbells, and the console's file for the early console.
@@ -117,11 +113,9 @@ const LAUNCHER: &[i64] = &[
     libc::SYS_epoll_create1,
     libc::SYS_eventfd2,
     libc::SYS_timerfd_create,
-    libc::SYS_clone3,
     libc::SYS_set_robust_list,
     libc::SYS_rseq,
     libc::SYS_sched_getaffinity,
-    libc::SYS_prlimit64,
     libc::SYS_seccomp,
     libc::SYS_recvmsg,
     libc::SYS_sendmsg,
@@ -219,14 +213,33 @@ const fn ioctls_of(thread: Thread) -> &'static [&'static [u64]] {
     }
 }
 
+type Rule = Result<SeccompRule, seccompiler::BackendError>;
+
 /// `value` is the only allowed value of the low 32 bits of argument `index`.
-fn only(index: u8, value: u64) -> Result<SeccompRule, seccompiler::BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(
-        index,
-        SeccompCmpArgLen::Dword,
-        SeccompCmpOp::Eq,
-        value,
-    )?])
+fn only(index: u8, value: u64) -> Rule {
+    argument(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
+}
+
+/// `value` is the only allowed value of these bits of the low 32 of argument `index`.
+fn bits(index: u8, mask: i32, value: i32) -> Rule {
+    let op = SeccompCmpOp::MaskedEq(mask as u64);
+    argument(index, SeccompCmpArgLen::Dword, op, value as u64)
+}
+
+fn argument(index: u8, length: SeccompCmpArgLen, op: SeccompCmpOp, value: u64) -> Rule {
+    SeccompRule::new(vec![SeccompCondition::new(index, length, op, value)?])
+}
+
+/// Answers ENOSYS to clone3(2), whose arguments cannot be seen: the C library does without, and of two
+/// filters the stricter counts.
+fn without_clone3() -> Result<BpfProgram, seccompiler::BackendError> {
+    let filter = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_clone3, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::ENOSYS as u32),
+        TargetArch::x86_64,
+    )?;
+    filter.try_into()
 }
 
 fn program(thread: Thread, action: Action) -> Result<BpfProgram, seccompiler::BackendError> {
@@ -244,6 +257,21 @@ fn program(thread: Thread, action: Action) -> Result<BpfProgram, seccompiler::Ba
             only(0, libc::PR_SET_VMA as u64)?,
         ],
     );
+    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
+        rules.insert(call, vec![bits(2, libc::PROT_EXEC, 0)?]);
+    }
+    // A panic or abort of ours must be able to end the process with its own signal.
+    let own_process = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![only(0, own_process)?]);
+    if thread == Thread::Launcher {
+        // Threads, and no processes.
+        let thread = bits(0, libc::CLONE_THREAD, libc::CLONE_THREAD)?;
+        rules.insert(libc::SYS_clone, vec![thread]);
+        rules.insert(libc::SYS_clone3, Vec::new());
+        // The size of a thread's stack is asked for; no limit is set.
+        let asked = argument(2, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+        rules.insert(libc::SYS_prlimit64, vec![asked]);
+    }
     let requests = ioctls_of(thread).iter().copied().flatten();
     let requests = requests.map(|request| only(1, *request));
     rules.insert(libc::SYS_ioctl, requests.collect::<Result<_, _>>()?);
@@ -267,8 +295,14 @@ pub fn confine(thread: Thread) -> io::Result<()> {
     if action == Action::Off {
         return Ok(());
     }
-    let program = program(thread, action).map_err(io::Error::other)?;
-    seccompiler::apply_filter(&program).map_err(io::Error::other)
+    let mut programs = vec![program(thread, action).map_err(io::Error::other)?];
+    if thread == Thread::Launcher && action == Action::Kill {
+        // First: those of workers leave no call to install another.
+        programs.insert(0, without_clone3().map_err(io::Error::other)?);
+    }
+    programs
+        .iter()
+        .try_for_each(|program| seccompiler::apply_filter(program).map_err(io::Error::other))
 }
 
 /// Makes a forbidden call name itself.
