@@ -240,9 +240,11 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Moves this process out again and removes the directories. What is not there is no error.
-    pub fn remove(&self) {
+    /// Moves this process out again and removes the directories. What is not there is no error. Answers with
+    /// those that stay though nobody uses them.
+    pub fn remove(&self) -> Vec<PathBuf> {
         let me = std::process::id().to_string();
+        let mut stays = Vec::new();
         for directory in &self.directories {
             if !directory.exists() {
                 continue;
@@ -253,9 +255,20 @@ impl Cgroup {
             {
                 let _ = std::fs::write(root.join("cgroup.procs"), &me);
             }
-            remove_directory(directory);
+            if !remove_directory(directory) && !is_in_use(directory) {
+                stays.push(directory.clone());
+            }
         }
+        stays
     }
+}
+
+/// Whether a process, or a cgroup of somebody's, is in it.
+fn is_in_use(directory: &Path) -> bool {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    let mut directories = entries.filter(|entry| entry.path().is_dir());
+    let processes = std::fs::read_to_string(directory.join("cgroup.procs"));
+    directories.next().is_some() || processes.is_ok_and(|text| !text.is_empty())
 }
 
 fn in_cgroup(directory: &Path, pid: &str) -> bool {
@@ -272,19 +285,20 @@ fn hierarchy_root(directory: &Path) -> Option<PathBuf> {
 }
 
 /// The kernel removes a cgroup only once its last process has been reaped: shortly after its end.
-fn remove_directory(directory: &Path) {
+/// Answers whether it is gone.
+fn remove_directory(directory: &Path) -> bool {
+    let mut gone = false;
     for _ in 0..50 {
         match std::fs::remove_dir(directory) {
-            Ok(()) => break,
-            Err(e) if e.kind() == ErrorKind::NotFound => return,
+            Ok(()) => gone = true,
+            Err(e) if e.kind() == ErrorKind::NotFound => return true,
             Err(e) if e.raw_os_error() == Some(libc::EBUSY) => {
                 std::thread::sleep(std::time::Duration::from_millis(5));
+                continue;
             }
-            Err(e) => {
-                tracing::warn!(cgroup = %directory.display(), "cannot remove it: {e}");
-                return;
-            }
+            Err(e) => tracing::warn!(cgroup = %directory.display(), "cannot remove it: {e}"),
         }
+        break;
     }
     // Our own parent goes with its last pod; one that others made is not empty or not ours.
     if let Some(parent) = directory.parent()
@@ -292,6 +306,7 @@ fn remove_directory(directory: &Path) {
     {
         let _ = std::fs::remove_dir(parent);
     }
+    gone
 }
 
 /// A v2 cgroup has the controllers that its parents hand down. What cannot be had is left out: the
@@ -436,7 +451,7 @@ mod tests {
         let mine = std::fs::read_to_string(format!("/proc/{}/cgroup", child.id())).unwrap();
         let _ = child.kill();
         let _ = child.wait();
-        cgroup.remove();
+        assert_eq!(cgroup.remove(), Vec::<PathBuf>::new());
         assert!(mine.contains(&name), "{mine}");
         assert!(cgroup.directories.iter().all(|d| !d.exists()));
     }

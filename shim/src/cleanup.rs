@@ -1,9 +1,14 @@
 //! Removes what a pod has left, from its directory alone: after a crash there is nobody to ask.
 
+use std::ffi::OsStr;
+use std::fs::File;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use sepal_protocol::state::{PodState, ProcessRef};
 use tokio::io::Interest;
@@ -15,93 +20,167 @@ use crate::sys;
 /// Longest wait for a killed process to be gone.
 const KILL: Duration = Duration::from_secs(5);
 
-/// Kills the pod's processes, unmounts its share, removes its cgroups and its directory.
-///
-/// Idempotent, and content with whatever is there.
-pub async fn pod(directory: &Path) {
-    let state = PodState::load(directory).ok();
-    if let Some(state) = &state {
-        // The shim first: the others die with it, and it must not start new ones.
-        for process in [Some(state.shim), state.vmm, state.fs]
-            .into_iter()
-            .flatten()
-        {
-            if process.pid != std::process::id() {
-                kill(process).await;
-            }
-        }
-        // What was spawned a moment before the crash is in no file, but in the pod's cgroup.
-        for cgroup in &state.cgroups {
-            for process in ours_in(cgroup) {
-                kill(process).await;
+/// How often a cgroup is looked through for processes of ours, which make no others.
+const PASSES: usize = 5;
+
+/// The right to judge what is in a pod's directory, and to remove it: of `delete`, `gc` and a new pod of the
+/// same name one comes after the other. It is a lock on the directory itself, and goes with it.
+pub struct Turn {
+    directory: PathBuf,
+    _lock: Flock<File>,
+}
+
+impl Turn {
+    /// Waits for it. None: there is no such directory, or no longer.
+    pub async fn take(directory: &Path) -> Option<Self> {
+        const AGAIN: Duration = Duration::from_millis(20);
+        loop {
+            let mut file = File::open(directory).ok()?;
+            let lock = loop {
+                match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                    Ok(lock) => break lock,
+                    Err((back, _)) => file = back,
+                }
+                tokio::time::sleep(AGAIN).await;
+            };
+            // Who had it before may have removed the directory, and another have made a new one.
+            if is_at(&lock, directory) {
+                return Some(Self {
+                    directory: directory.into(),
+                    _lock: lock,
+                });
             }
         }
     }
-    let directory = directory.to_path_buf();
-    let cgroups = state.map(|s| s.cgroups).unwrap_or_default();
-    let work = move || {
-        Share::of(&directory).remove_all();
-        Cgroup {
-            directories: cgroups,
+
+    /// Kills the pod's processes, unmounts its share, removes its cgroups and its directory. Answers with what
+    /// stays, in words; then the directory stays, too, with the state in it for whoever tries again.
+    ///
+    /// Idempotent, and content with whatever is there.
+    pub async fn remove(self, state: Option<PodState>) -> Vec<String> {
+        let mut stays = Vec::new();
+        if let Some(state) = &state {
+            // The shim first: the others die with it, and it must not start new ones.
+            let known = [Some(state.shim), state.vmm, state.fs];
+            for process in known.into_iter().flatten() {
+                if process.pid != std::process::id() {
+                    stays.extend(kill(process).await);
+                }
+            }
+            for cgroup in &state.cgroups {
+                stays.extend(empty(cgroup, &self.directory).await);
+            }
         }
-        .remove();
-        remove_directory(&directory);
-    };
-    if let Err(e) = tokio::task::spawn_blocking(work).await {
-        tracing::error!("clean-up has panicked: {e}");
+        let directory = self.directory.clone();
+        let directories = state.map(|s| s.cgroups).unwrap_or_default();
+        let work = move || {
+            Share::of(&directory).remove_all();
+            let cgroups = Cgroup { directories }.remove();
+            stays.extend(
+                cgroups
+                    .iter()
+                    .map(|path| format!("{} stays", path.display())),
+            );
+            if stays.is_empty() {
+                stays.extend(remove_directory(&directory));
+            }
+            stays
+        };
+        let done = tokio::task::spawn_blocking(work).await;
+        done.unwrap_or_else(|e| vec![format!("clean-up has panicked: {e}")])
     }
 }
 
-/// Removes a pod's directory with the files in it, unless something is still mounted below.
-pub fn remove_directory(directory: &Path) {
+fn is_at(file: &File, path: &Path) -> bool {
+    let id = |about: std::fs::Metadata| (about.dev(), about.ino());
+    let there = std::fs::symlink_metadata(path).map(id).ok();
+    there.is_some() && there == file.metadata().map(id).ok()
+}
+
+/// [`Turn::remove`] with the state that is in the directory. What stays is in the log.
+pub async fn pod(directory: &Path) {
+    if let Some(turn) = Turn::take(directory).await {
+        let state = PodState::load(directory).ok();
+        for what in turn.remove(state).await {
+            tracing::error!(path = %directory.display(), "cannot be removed: {what}");
+        }
+    }
+}
+
+/// Removes a pod's directory with the files in it, unless something is still mounted below. Answers with why
+/// it stays.
+pub fn remove_directory(directory: &Path) -> Option<String> {
     let share = Share::of(directory);
     if share.path().exists() {
         rootfs::unmount_below(share.path());
-        tracing::error!(
-            path = %share.path().display(),
-            "not empty after unmounting: left as it is, look what is in it"
-        );
-        return;
+        let path = share.path().display();
+        return Some(format!(
+            "{path} is not empty after unmounting: look what is in it"
+        ));
     }
     match std::fs::remove_dir_all(directory) {
-        Ok(()) => {}
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-        Err(e) => tracing::warn!(path = %directory.display(), "cannot remove it: {e}"),
+        Ok(()) => None,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) => Some(format!("{}: {e}", directory.display())),
     }
 }
 
-async fn kill(process: ProcessRef) {
-    let Ok(pidfd) = sys::pidfd_open(process.pid) else {
-        return;
-    };
+/// Ends a process. Answers with what is wrong if it does not end.
+async fn kill(process: ProcessRef) -> Option<String> {
+    let pidfd = sys::pidfd_open(process.pid).ok()?;
     // Checked with the descriptor open: now the pid cannot become another process.
     if !process.alive() || sys::pidfd_kill(&pidfd, Signal::SIGKILL).is_err() {
-        return;
+        return None;
     }
-    let Ok(copy) = pidfd.as_fd().try_clone_to_owned() else {
-        return;
-    };
-    let Ok(watched) = sys::watch(copy, Interest::READABLE) else {
-        return;
-    };
-    if tokio::time::timeout(KILL, watched.readable())
-        .await
-        .is_err()
-    {
-        tracing::error!(pid = process.pid, "does not die");
-    }
+    let copy = pidfd.as_fd().try_clone_to_owned().ok()?;
+    let watched = sys::watch(copy, Interest::READABLE).ok()?;
+    let gone = tokio::time::timeout(KILL, watched.readable()).await;
+    gone.err()
+        .map(|_| format!("process {} does not die", process.pid))
 }
 
-/// Our programs among the processes of a cgroup: its path was given by others, who may use it too.
-fn ours_in(cgroup: &Path) -> Vec<ProcessRef> {
-    let text = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-    let ours = |pid: &u32| {
-        std::fs::read_to_string(format!("/proc/{pid}/comm"))
-            .is_ok_and(|name| matches!(name.trim_end(), "sepal-vmm" | "sepal-fs"))
-    };
-    text.lines()
-        .filter_map(|l| l.parse().ok())
-        .filter(ours)
-        .filter_map(ProcessRef::of)
-        .collect()
+/// Ends the pod's processes in a cgroup. Its path was given by others, who may use it too, and another pod of
+/// ours may have the same; where nobody else is there it is killed as a whole.
+async fn empty(cgroup: &Path, directory: &Path) -> Vec<String> {
+    let mut stays = Vec::new();
+    for _ in 0..PASSES {
+        let text = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+        let all: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).collect();
+        let ours: Vec<u32> = all
+            .iter()
+            .copied()
+            .filter(|pid| is_of(*pid, directory))
+            .collect();
+        if ours.is_empty() {
+            break;
+        }
+        if ours.len() == all.len() {
+            // Version 1 has no such file, and version 2 not before Linux 5.14.
+            let _ = std::fs::write(cgroup.join("cgroup.kill"), "1");
+        }
+        stays.clear();
+        for process in ours.into_iter().filter_map(ProcessRef::of) {
+            stays.extend(kill(process).await);
+        }
+    }
+    stays
 }
+
+/// Whether a process is a VMM or a file server of this directory's pod, by what it was started with.
+fn is_of(pid: u32, directory: &Path) -> bool {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let share = Share::of(directory);
+    let (name, share) = (directory.file_name(), share.path());
+    let mut words = line.split(|byte| *byte == 0).map(OsStr::from_bytes);
+    let mut before = OsStr::new("");
+    words.any(|word| {
+        let of_vmm = before == "--pod" && Some(word) == name;
+        let of_server = before == "--share" && word == share;
+        before = word;
+        of_vmm || of_server
+    })
+}
+
+#[cfg(test)]
+#[path = "cleanup_test.rs"]
+mod tests;

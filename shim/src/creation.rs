@@ -131,6 +131,7 @@ impl Pod {
             {
                 self.disks.release(&up.vm, &asked.id).await;
             }
+            self.note(|record| record.containers.retain(|id| *id != asked.id));
             if first {
                 // There will be no second try with this pod: containerd begins a new one.
                 self.remove().await;
@@ -175,7 +176,7 @@ impl Pod {
         demand: Demand,
         (host_hooks, hook_state): (&Hooks, &hooks::State),
     ) -> Result<u32> {
-        self.record(|record| record.containers.push(asked.id.clone()));
+        self.record(|record| record.containers.push(asked.id.clone()))?;
         let share = self.share.clone();
         let (id, root, binds) = (asked.id.clone(), plan.root.clone(), plan.binds.clone());
         let mounts: Vec<_> = asked.rootfs.iter().map(root_mount).collect();

@@ -34,6 +34,8 @@ pub enum Error {
         action: &'static str,
         state: &'static str,
     },
+    #[error("what a former pod of this name has left cannot be removed: {what}")]
+    Leftover { what: String },
     #[error("the pod is being removed")]
     Removing,
     #[error("{what} is not supported by sepal")]

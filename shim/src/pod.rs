@@ -22,7 +22,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::agent::{self, Agent};
 use crate::cgroup::Cgroup;
-use crate::cleanup;
+use crate::cleanup::{self, Turn};
 use crate::container::{Container, Exit, KILLED, lock};
 use crate::disks::Disks;
 use crate::error::{Error, Result};
@@ -140,11 +140,14 @@ impl Pod {
             timeline,
         } = beginning;
         let directory = state_root.join(&name);
-        if directory.exists() {
-            if PodState::load(&directory).is_ok_and(|state| state.shim.alive()) {
+        if let Some(turn) = Turn::take(&directory).await {
+            let state = PodState::load(&directory).ok();
+            if state.as_ref().is_some_and(|state| state.shim.alive()) {
                 return Err(Error::ContainerExists { id: identity.id });
             }
-            cleanup::pod(&directory).await;
+            if let Some(what) = turn.remove(state).await.pop() {
+                return Err(Error::Leftover { what });
+            }
         }
         DirBuilder::new()
             .recursive(true)
@@ -165,9 +168,9 @@ impl Pod {
             }),
             vmm: None,
             fs: None,
-            vcpus: 0,
-            memory: 0,
-            cgroups: Vec::new(),
+            vcpus: spec.size.cpus.boot,
+            memory: spec.size.memory,
+            cgroups: spec.cgroup.directories.clone(),
             containers: Vec::new(),
         };
         faults::at("pod: directory");
@@ -215,14 +218,24 @@ impl Pod {
     }
 
     /// Changes what clean-up will find.
-    pub fn record(&self, change: impl FnOnce(&mut PodState)) {
+    ///
+    /// # Errors
+    /// It cannot be written: what is about to be made would be found by nobody.
+    pub fn record(&self, change: impl FnOnce(&mut PodState)) -> Result<()> {
         let mut record = lock(&self.record);
         change(&mut record);
         if self.is_removing() {
-            return;
+            return Ok(());
         }
-        if let Err(e) = record.save(&self.directory) {
-            tracing::warn!("cannot write the pod's state: {e}");
+        record
+            .save(&self.directory)
+            .map_err(Error::io("write the state into", &self.directory))
+    }
+
+    /// Likewise, of what has been removed or is only told.
+    pub fn note(&self, change: impl FnOnce(&mut PodState)) {
+        if let Err(e) = self.record(change) {
+            tracing::warn!("{e}");
         }
     }
 
@@ -269,11 +282,6 @@ impl Pod {
 
     async fn try_raise(&self) -> Result<Arc<Up>> {
         let (config, spec) = (&self.config, &self.spec);
-        self.record(|record| {
-            record.cgroups.clone_from(&spec.cgroup.directories);
-            record.vcpus = spec.size.cpus.boot;
-            record.memory = spec.size.memory;
-        });
         let joined = match &spec.network {
             spec::Network::New => None,
             spec::Network::Join(path) => Some(open_netns(path)?),
@@ -294,7 +302,7 @@ impl Pod {
         self.record(|record| {
             record.vmm = ProcessRef::of(vm.vmm_pid);
             record.fs = ProcessRef::of(vm.fs_pid);
-        });
+        })?;
         faults::at("pod: processes recorded");
         let cgroup = spec.cgroup.clone();
         let _ = self.cgroup.set(cgroup.clone());
@@ -518,9 +526,16 @@ impl Pod {
         let work = move || {
             Share::of(&directory).remove_all();
             faults::at("sweep: share");
-            cgroup.unwrap_or_default().remove();
+            let cgroups = cgroup.unwrap_or_default().remove();
             faults::at("sweep: cgroup");
-            cleanup::remove_directory(&directory);
+            let stays = match cgroups.first() {
+                // It is in the state, which `gc` finds.
+                Some(cgroup) => Some(format!("{} stays", cgroup.display())),
+                None => cleanup::remove_directory(&directory),
+            };
+            if let Some(what) = stays {
+                tracing::error!("not all of the pod could be removed: {what}");
+            }
             faults::at("sweep: directory");
         };
         if let Err(e) = tokio::task::spawn_blocking(work).await {

@@ -192,7 +192,7 @@ impl Pod {
             // Limits that are set again are to try again.
             Err(_) => before.largest(target),
         };
-        self.record(|record| {
+        self.note(|record| {
             record.vcpus = target.cpus;
             record.memory = target.memory;
         });

@@ -399,7 +399,7 @@ impl Pod {
             let (share, of) = (self.share.clone(), id.to_string());
             let _ = tokio::task::spawn_blocking(move || share.remove(&of)).await;
             faults::at("delete: share");
-            self.record(|record| record.containers.retain(|c| c != id));
+            self.note(|record| record.containers.retain(|c| c != id));
             let mut extent = self.extent.lock().await;
             extent.ledger.forget(id);
             extent.places.forget(&container.account);

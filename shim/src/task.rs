@@ -74,6 +74,7 @@ fn code(error: &Error) -> Code {
         Error::Agent(e) => e.code().unwrap_or(Code::UNKNOWN),
         Error::Pod(inner) => code(inner),
         Error::Unfinished(_)
+        | Error::Leftover { .. }
         | Error::Config(_)
         | Error::Rootfs(_)
         | Error::Disk(_)
