@@ -12,6 +12,7 @@ use oci_spec::runtime::ProcessBuilder;
 use sepal_protocol::agent::{ExecProcessRequest, ProcessId, ResizeTerminalRequest, Stdio};
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::paths::pod;
+use sepal_protocol::words::one_line;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
 use ttrpc::context::{self, Context};
@@ -130,8 +131,8 @@ fn description(command: &[String], terminal: bool) -> anyhow::Result<Vec<u8>> {
 /// What the agent answers is told as it is.
 fn told(error: ttrpc::Error) -> anyhow::Error {
     match error {
-        ttrpc::Error::RpcStatus(status) => anyhow::anyhow!("{}", status.message()),
-        other => anyhow::anyhow!("the agent: {other}"),
+        ttrpc::Error::RpcStatus(status) => anyhow::anyhow!("{}", one_line(status.message())),
+        other => anyhow::anyhow!("the agent: {}", one_line(&other.to_string())),
     }
 }
 

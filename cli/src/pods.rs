@@ -104,13 +104,15 @@ impl Pod {
     /// # Errors
     /// The VMM is there and does not answer, or not what was asked.
     pub fn vm(&self) -> anyhow::Result<Option<Vm>> {
-        let none = SockFlag::SOCK_CLOEXEC;
-        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, none, None)?;
+        // A VMM that is stopped accepts nobody, and whoever waits for that waits for ever.
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
         let path = self.directory.join(pod::CONTROL);
         let address = UnixAddr::new(&path).context("the control socket's path is too long")?;
         match connect(std::os::fd::AsRawFd::as_raw_fd(&socket), &address) {
             Ok(()) => {}
             Err(nix::Error::ENOENT | nix::Error::ECONNREFUSED) => return Ok(None),
+            Err(nix::Error::EAGAIN) => bail!("pod {}: the VMM does not answer", self.id),
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot connect to {}", path.display()));
             }
@@ -152,6 +154,29 @@ mod tests {
             std::fs::create_dir_all(directory.path().join(id).join(pod::SHARE)).unwrap();
         }
         directory
+    }
+
+    #[test]
+    fn a_vmm_that_accepts_nobody_is_not_waited_for() {
+        use nix::sys::socket::{Backlog, bind, listen};
+        let state = state(&["n+stuck"]);
+        let pod = find(state.path(), "n+stuck").unwrap();
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let open = || socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        let address = UnixAddr::new(&pod.directory.join(pod::CONTROL)).unwrap();
+        let listener = open();
+        bind(std::os::fd::AsRawFd::as_raw_fd(&listener), &address).unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let mut waiting = Vec::new();
+        loop {
+            let client = open();
+            if connect(std::os::fd::AsRawFd::as_raw_fd(&client), &address).is_err() {
+                break;
+            }
+            waiting.push(client);
+        }
+        let error = pod.vm().unwrap_err().to_string();
+        assert_eq!(error, "pod n+stuck: the VMM does not answer");
     }
 
     #[test]

@@ -21,6 +21,7 @@ pub mod ports;
 pub mod ready;
 pub mod state;
 pub mod vm;
+pub mod words;
 
 mod generated {
     #![allow(missing_docs, clippy::all, rustdoc::all)]

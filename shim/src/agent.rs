@@ -12,7 +12,7 @@ use sepal_protocol::agent::{
 };
 use sepal_protocol::agent_ttrpc::AgentClient;
 use sepal_protocol::ready::{AgentReady, MAX_LINE};
-use sepal_protocol::{paths, ports};
+use sepal_protocol::{paths, ports, words};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use ttrpc::asynchronous::Client;
@@ -24,8 +24,6 @@ const SHORT: Duration = Duration::from_secs(10);
 /// Longest wait for a call that makes or removes something, as disks may be slow; more where the
 /// administrator gives a guest more to boot, as hosts may be slow.
 const LONG: Duration = Duration::from_secs(60);
-/// Most characters of an error's text that are told.
-const MAX_MESSAGE: usize = 2048;
 /// Longest wait for a connection into the guest.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -52,14 +50,11 @@ pub enum Error {
     },
 }
 
-/// The guest says what it likes: no more of it than fits into a log, and on one line.
 fn message(source: &ttrpc::Error) -> String {
-    let text = match source {
-        ttrpc::Error::RpcStatus(status) => status.message().to_string(),
-        other => format!("the guest's agent: {other}"),
-    };
-    let shown = |c: char| if c.is_control() { ' ' } else { c };
-    text.chars().take(MAX_MESSAGE).map(shown).collect()
+    match source {
+        ttrpc::Error::RpcStatus(status) => words::one_line(status.message()),
+        other => format!("the guest's agent: {}", words::one_line(&other.to_string())),
+    }
 }
 
 impl Error {
