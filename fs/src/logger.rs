@@ -28,8 +28,9 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// Sends records up to `level` to standard error. Called once.
+/// Sends records up to `level` to standard error, which remembers a panic. Called once.
 pub fn install(level: LevelFilter) {
+    sepal_log::keep_panic();
     static LOGGER: Stderr = Stderr;
     if log::set_logger(&LOGGER).is_ok() {
         log::set_max_level(level);

@@ -3,8 +3,10 @@
 
 use std::io::{self, Stderr, Write};
 use std::os::fd::AsFd;
-use std::sync::LazyLock;
+use std::panic;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, OnceLock};
+use std::thread;
 
 use nix::unistd::{ftruncate, write};
 
@@ -14,11 +16,15 @@ pub const MOST: u64 = 256 * 1024;
 /// Said where a log begins anew.
 const BEGINS: &[u8] = b"(what was here is left out: the log was full)\n";
 
+/// The most that is kept of what a panic says, in bytes.
+const KEPT: usize = 1024;
+
 /// A log that begins anew when it is full. Its file is open for appending; of anything else than a file
 /// nothing is taken away.
 pub struct Bounded<F> {
     out: F,
     written: AtomicU64,
+    kept: OnceLock<Vec<u8>>,
 }
 
 impl<F: AsFd> Bounded<F> {
@@ -27,7 +33,15 @@ impl<F: AsFd> Bounded<F> {
         Self {
             out,
             written: AtomicU64::new(0),
+            kept: OnceLock::new(),
         }
+    }
+
+    /// Has the log say this also whenever it begins anew; the first such line stays.
+    fn keep(&self, mut line: Vec<u8>) {
+        line.truncate(KEPT);
+        line.push(b'\n');
+        let _ = self.kept.set(line);
     }
 }
 
@@ -35,6 +49,18 @@ impl<F: AsFd> Bounded<F> {
 pub fn stderr() -> &'static Bounded<Stderr> {
     static LOG: LazyLock<Bounded<Stderr>> = LazyLock::new(|| Bounded::new(io::stderr()));
     &LOG
+}
+
+/// Has the log remember this process's first panic. One in a thread that serves a guest is survived, and what
+/// the guest has the process say next must not take the only word of it away.
+pub fn keep_panic() {
+    let report = panic::take_hook();
+    panic::set_hook(Box::new(move |panic| {
+        let thread = thread::current();
+        let name = thread.name().unwrap_or("?");
+        stderr().keep(format!("first panic: thread '{name}' {panic}").into());
+        report(panic);
+    }));
 }
 
 /// One line each time; those of different threads stay whole.
@@ -46,6 +72,9 @@ impl<F: AsFd> Write for &Bounded<F> {
             self.written.store(length, Ordering::Relaxed);
             if ftruncate(&self.out, 0).is_ok() {
                 write(&self.out, BEGINS)?;
+                if let Some(kept) = self.kept.get() {
+                    write(&self.out, kept)?;
+                }
             }
         }
         Ok(write(&self.out, line)?)
@@ -59,19 +88,23 @@ impl<F: AsFd> Write for &Bounded<F> {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
+    use std::path::Path;
 
     use super::*;
+
+    fn appending(path: &Path) -> File {
+        File::options()
+            .create(true)
+            .append(true)
+            .open(path)
+            .unwrap()
+    }
 
     #[test]
     fn a_log_that_is_full_begins_anew_with_the_line_that_found_it_so() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("log");
-        let file = File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .unwrap();
-        let log = Bounded::new(file);
+        let log = Bounded::new(appending(&path));
         let line = [b'x'; 1024];
         for _ in 0..MOST / 1024 {
             (&log).write_all(&line).unwrap();
@@ -84,6 +117,34 @@ mod tests {
             (&log).write_all(&line).unwrap();
             assert!(path.metadata().unwrap().len() <= MOST + BEGINS.len() as u64);
         }
+    }
+
+    #[test]
+    fn a_panic_is_remembered_however_much_is_said_after_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let log = Bounded::new(appending(&path));
+        log.keep(b"first".to_vec());
+        log.keep(b"second".to_vec());
+        for _ in 0..3 * MOST / 1024 {
+            (&log).write_all(&[b'x'; 1024]).unwrap();
+        }
+        let text = std::fs::read(&path).unwrap();
+        assert!(text.starts_with(&[BEGINS, b"first\n"].concat()));
+    }
+
+    #[test]
+    fn the_panic_of_a_thread_is_kept() {
+        keep_panic();
+        let thread = thread::Builder::new().name("device".into());
+        let thread = thread.spawn(|| panic!("{}", "far".repeat(KEPT)));
+        assert!(thread.unwrap().join().is_err());
+        let kept = String::from_utf8_lossy(stderr().kept.get().unwrap());
+        assert!(
+            kept.starts_with("first panic: thread 'device' panicked at"),
+            "{kept}"
+        );
+        assert_eq!(kept.len(), KEPT + 1);
     }
 
     #[test]

@@ -54,6 +54,7 @@ fn main() -> ExitCode {
     stages.reached("vmm");
     sys::share_one_heap();
     let args = Args::parse();
+    sepal_log::keep_panic();
     tracing_subscriber::fmt()
         .with_writer(sepal_log::stderr)
         .with_max_level(args.log)
