@@ -245,7 +245,7 @@ impl Pod {
             Err(error) => {
                 tracing::error!("the pod cannot start: {error}");
                 if let Some(vm) = self.vm.get() {
-                    vm.kill().await;
+                    vm.kill("the pod cannot start").await;
                 }
                 Err(Arc::new(error))
             }
@@ -259,8 +259,9 @@ impl Pod {
                 reason = up.vm.ended() => reason,
                 silent = up.keep_in_touch() => {
                     // Nobody can stop what runs there any more but by this.
-                    up.vm.kill().await;
-                    format!("the guest's agent has not answered for {} s", silent.as_secs()).into()
+                    let why = format!("the guest's agent has not answered for {} s", silent.as_secs());
+                    up.vm.kill(&why).await;
+                    up.vm.ended().await
                 }
                 never = up.mind_files() => match never {},
                 never = self.mirrors.follow(&up.agent) => match never {},
@@ -549,7 +550,7 @@ impl Pod {
         let mut up = self.up.subscribe();
         loop {
             if let Some(vm) = self.vm.get() {
-                vm.kill().await;
+                vm.kill("the pod is removed").await;
             }
             // What raises the VM sees that it is gone, unless it had not spawned it yet.
             let raised = tokio::time::timeout(AGAIN, up.wait_for(Option::is_some)).await;
@@ -582,7 +583,7 @@ impl Pod {
                 tracing::warn!("the guest does not power off and is killed: {e}");
                 self.killed.store(true, Ordering::Relaxed);
             }
-            up.vm.kill().await;
+            up.vm.kill("the pod is removed").await;
         }
     }
 

@@ -87,7 +87,8 @@ impl Pod {
                     tracing::error!(container = %id.container_id, exec = %id.exec_id,
                         "cannot wait for the process, ending the pod: {e}");
                     // A guest that no longer answers for its processes is as good as dead.
-                    up.vm.kill().await;
+                    let why = format!("its agent does not tell how a process ends: {e}");
+                    up.vm.kill(&why).await;
                 }
                 (KILLED, None)
             }
@@ -570,13 +571,14 @@ async fn see_killed(up: Arc<Up>, process: Arc<Process>) {
         .await
         .is_err()
     {
+        let seconds = limit.as_secs();
+        let why = format!("the guest has not ended a killed process within {seconds} s");
         tracing::error!(
             container = process.container,
             exec = process.exec,
-            "the guest has not ended a killed process within {} s, ending the pod",
-            limit.as_secs()
+            "{why}, ending the pod"
         );
-        up.vm.kill().await;
+        up.vm.kill(&why).await;
     }
 }
 

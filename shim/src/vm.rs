@@ -11,7 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -91,6 +91,8 @@ pub struct Vm {
     /// The file server signals here that its descriptors run out.
     pressure: AsyncFd<OwnedFd>,
     directory: PathBuf,
+    /// Why the shim ends it, if it does.
+    killed: Arc<OnceLock<String>>,
     ended: watch::Receiver<Option<Arc<str>>>,
 }
 
@@ -220,10 +222,12 @@ impl Vm {
             .map_err(io("watch the file server's event"))?;
         let (vmm_fd, fs_fd) = (Arc::new(vmm.pidfd), Arc::new(fs.pidfd));
         let (tell, ended) = watch::channel(None);
+        let killed = Arc::default();
         tokio::spawn(supervise(
             vmm_fd.clone(),
             fs_fd.clone(),
             directory.into(),
+            Arc::clone(&killed),
             tell,
         ));
         Ok(Self {
@@ -237,6 +241,7 @@ impl Vm {
             }),
             pressure,
             directory: directory.into(),
+            killed,
             ended,
         })
     }
@@ -439,8 +444,11 @@ impl Vm {
         self.ended.borrow().clone()
     }
 
-    /// Ends both processes at once and waits until they are gone.
-    pub async fn kill(&self) {
+    /// Ends both processes at once and waits until they are gone. The reason tells the shim's kill from
+    /// that of a host which is out of memory.
+    pub async fn kill(&self, why: &str) {
+        // The first reason is the one that it dies of.
+        let _ = self.killed.set(why.into());
         for pidfd in [&self.vmm, &self.fs] {
             // ESRCH: it has ended already.
             let _ = sys::pidfd_kill(pidfd, Signal::SIGKILL);
@@ -502,6 +510,7 @@ async fn supervise(
     vmm: Arc<OwnedFd>,
     fs: Arc<OwnedFd>,
     directory: PathBuf,
+    killed: Arc<OnceLock<String>>,
     tell: watch::Sender<Option<Arc<str>>>,
 ) {
     let (mut vmm_status, fs_status) = tokio::select! {
@@ -524,7 +533,8 @@ async fn supervise(
                     tracing::error!("guest: {line}");
                 }
             }
-            with_tails(vmm_reason(status), &directory, &[VMM_LOG, pod::CONSOLE])
+            let text = vmm_reason(status, killed.get().map(String::as_str));
+            with_tails(text, &directory, &[VMM_LOG, pod::CONSOLE])
         }
         (_, Some(status)) => {
             let text = format!("the pod's file server has ended ({})", describe(status));
@@ -573,7 +583,11 @@ fn cause(status: &Option<WaitStatus>) -> Option<ExitCause> {
     }
 }
 
-fn vmm_reason(status: &Option<WaitStatus>) -> String {
+/// `killed` is why the shim has ended it, if it has.
+fn vmm_reason(status: &Option<WaitStatus>, killed: Option<&str>) -> String {
+    if let (Some(WaitStatus::Signaled(_, Signal::SIGKILL, _)), Some(why)) = (status, killed) {
+        return format!("its shim has ended it: {why}");
+    }
     match cause(status) {
         Some(ExitCause::PowerOff) => "the guest has powered off".into(),
         Some(ExitCause::Reboot) => "the guest asked for a reboot, which a pod does not do".into(),
@@ -671,8 +685,13 @@ mod tests {
     #[test]
     fn each_end_has_its_sentence() {
         let exited = |code| Some(WaitStatus::Exited(nix::unistd::Pid::from_raw(1), code));
-        assert!(vmm_reason(&exited(11)).contains("panicked"));
-        assert!(vmm_reason(&exited(1)).contains("exit status 1"));
-        assert!(vmm_reason(&None).contains("unknown"));
+        assert!(vmm_reason(&exited(11), Some("removed")).contains("panicked"));
+        assert!(vmm_reason(&exited(1), None).contains("exit status 1"));
+        assert!(vmm_reason(&None, None).contains("unknown"));
+        let pid = nix::unistd::Pid::from_raw(1);
+        let killed = Some(WaitStatus::Signaled(pid, Signal::SIGKILL, false));
+        assert!(vmm_reason(&killed, None).contains("killed by SIGKILL"));
+        let by_us = vmm_reason(&killed, Some("removed"));
+        assert_eq!(by_us, "its shim has ended it: removed");
     }
 }
