@@ -37,13 +37,14 @@ const OF_A_VMM: &[Attempt] = &[
 /// Everything that is tried.
 pub const ATTEMPTS: [&[Attempt]; 2] = [HOST, OF_A_VMM];
 
-/// Starts workers of devices, as their drivers would have done, and taken over at once.
+/// Starts workers of devices, as their drivers would have done, and taken over at once. An attack is over when
+/// this returns: once vCPUs run, a request to the descriptor of one waits until it leaves the guest.
 pub fn start_workers() {
     for (name, thread) in THREADS {
         if matches!(thread, Thread::Device(_)) {
             let work = move || crate::jail::confine_thread(thread);
             let started = std::thread::Builder::new().name(name.into()).spawn(work);
-            drop(started);
+            let _ = started.map(|worker| worker.join());
         }
     }
 }
