@@ -1,9 +1,12 @@
 //! What an attacker tries who has taken a confined program over: system calls, each with a name.
 //!
 //! The programs that a guest speaks to have a hole for it when they are built with the feature `breach`,
-//! which only their tests `breach.rs` ask for. `SEPAL_BREACH` names the attempt, `SEPAL_BREACH_PID` and
-//! `SEPAL_BREACH_SOCKET` a process and a Unix socket of somebody else's. The process says how it went, and
-//! ends.
+//! which only their tests `breach.rs` ask for. `SEPAL_BREACH` names the attempt, `SEPAL_BREACH_PID`,
+//! `SEPAL_BREACH_ADDRESS` and `SEPAL_BREACH_SOCKET` a process, an address in it and a Unix socket of somebody
+//! else's. The process says how it went, and ends.
+//!
+//! Each attempt would succeed for a root that nothing confines, or comes first to the wall that it has
+//! ([`Attempt::only`]): a refusal for its own mistakes would prove nothing.
 
 use std::ffi::{CStr, CString};
 use std::io;
@@ -25,6 +28,9 @@ pub struct Attempt {
     pub name: &'static str,
     /// Whether it must fail without the filter of system calls as well: by what else stands there.
     pub second_wall: bool,
+    /// The one refusal that is a wall's, where root itself would be told another; beside ENOSYS, of a kernel
+    /// that has no such call.
+    pub only: Option<i32>,
     run: fn(&Victim) -> io::Result<i64>,
 }
 
@@ -32,6 +38,8 @@ pub struct Attempt {
 pub struct Victim {
     /// A process.
     pub pid: c_long,
+    /// Where it has memory.
+    pub address: c_long,
     /// A Unix socket's path.
     pub socket: CString,
 }
@@ -41,6 +49,7 @@ pub const fn both(name: &'static str, run: fn(&Victim) -> io::Result<i64>) -> At
     Attempt {
         name,
         second_wall: true,
+        only: None,
         run,
     }
 }
@@ -50,7 +59,27 @@ pub const fn filter(name: &'static str, run: fn(&Victim) -> io::Result<i64>) -> 
     Attempt {
         name,
         second_wall: false,
+        only: None,
         run,
+    }
+}
+
+/// As [`both`], of something that is not done on this machine even where it may be: what stops it must say so
+/// with EPERM, before it looks at what is asked.
+const fn permitted(name: &'static str, run: fn(&Victim) -> io::Result<i64>) -> Attempt {
+    Attempt {
+        only: Some(libc::EPERM),
+        ..both(name, run)
+    }
+}
+
+impl Attempt {
+    /// Whether an outcome ([`outcome`]) is one that shows a wall.
+    pub fn is_stopped(&self, outcome: &str) -> bool {
+        let refused = outcome.starts_with("refused");
+        let by_wall = |errno| outcome.ends_with(&format!("(os error {errno})"));
+        let is_wall = |errno| by_wall(errno) || by_wall(libc::ENOSYS);
+        !outcome.starts_with("done") && !(refused && self.only.is_some_and(|e| !is_wall(e)))
     }
 }
 
@@ -74,9 +103,16 @@ pub const HOST: &[Attempt] = &[
         call(libc::SYS_mknodat, [at(), path, mode, kvm, 0, 0])
     }),
     both("open-by-handle", |_| {
-        let handle = [8_u32, 1, 0, 0];
-        let handle = handle.as_ptr() as c_long;
-        call(libc::SYS_open_by_handle_at, [at(), handle, 0, 0, 0, 0])
+        // struct file_handle: its room, its type, and up to MAX_HANDLE_SZ bytes.
+        let mut handle = [0_u32; 34];
+        handle[0] = 128;
+        let mut mount = 0_i32;
+        let (root, own) = (c"/".as_ptr() as c_long, &raw mut handle as c_long);
+        let number = &raw mut mount as c_long;
+        call(libc::SYS_name_to_handle_at, [at(), root, own, number, 0, 0])?;
+        let flags = c_long::from(libc::O_PATH);
+        let own = handle.as_ptr() as c_long;
+        call(libc::SYS_open_by_handle_at, [at(), own, flags, 0, 0, 0])
     }),
     both("link-out-of-root", |_| {
         let (to, from) = (c"/etc/passwd".as_ptr(), c"/breach".as_ptr());
@@ -115,8 +151,9 @@ pub const HOST: &[Attempt] = &[
             iov_base: (&raw mut byte).cast(),
             iov_len: 1,
         };
-        let vector = (&raw const local) as c_long;
-        let arguments = [victim.pid, vector, 1, vector, 1, 0];
+        let remote = [victim.address, 1];
+        let (to, from) = (&raw const local as c_long, remote.as_ptr() as c_long);
+        let arguments = [victim.pid, to, 1, from, 1, 0];
         call(libc::SYS_process_vm_readv, arguments)
     }),
     both("others-socket", |victim| connect(victim.socket.as_bytes())),
@@ -151,7 +188,7 @@ pub const HOST: &[Attempt] = &[
         let (header, sets) = (header.as_ptr() as c_long, sets.as_ptr() as c_long);
         call(libc::SYS_capset, [header, sets, 0, 0, 0, 0])
     }),
-    both("load-module", |_| {
+    permitted("load-module", |_| {
         let nothing = c"".as_ptr() as c_long;
         call(libc::SYS_init_module, [nothing, 0, nothing, 0, 0, 0])
     }),
@@ -162,19 +199,26 @@ pub const HOST: &[Attempt] = &[
         call(libc::SYS_reboot, magic)
     }),
     both("load-bpf", |_| {
-        // BPF_PROG_LOAD of a socket filter without instructions.
-        let attributes = [0_u64; 16];
+        // BPF_PROG_LOAD of a classifier that returns 0: type and number of instructions, where they and the
+        // licence are.
+        let program = [0x0000_0000_0000_00b7_u64, 0x0000_0000_0000_0095];
+        let licence = c"GPL";
+        let mut attributes = [0_u64; 16];
+        attributes[0] = 3 | 2 << 32;
+        attributes[1] = program.as_ptr() as u64;
+        attributes[2] = licence.as_ptr() as u64;
         let attributes = attributes.as_ptr() as c_long;
         call(libc::SYS_bpf, [5, attributes, 128, 0, 0, 0])
     }),
     both("io-ports", |_| call(libc::SYS_iopl, [3, 0, 0, 0, 0, 0])),
     both("set-clock", |_| {
-        let time = [0_i64; 2];
-        let time = time.as_ptr() as c_long;
+        let mut time = [0_i64; 2];
+        let now = time.as_mut_ptr() as c_long;
         let realtime = c_long::from(libc::CLOCK_REALTIME);
-        call(libc::SYS_clock_settime, [realtime, time, 0, 0, 0, 0])
+        call(libc::SYS_clock_gettime, [realtime, now, 0, 0, 0, 0])?;
+        call(libc::SYS_clock_settime, [realtime, now, 0, 0, 0, 0])
     }),
-    both("swap", |_| {
+    permitted("swap", |_| {
         let path = c"/breach".as_ptr() as c_long;
         call(libc::SYS_swapon, [path, 0, 0, 0, 0, 0])
     }),
@@ -182,9 +226,32 @@ pub const HOST: &[Attempt] = &[
         let name = c"breach".as_ptr() as c_long;
         call(libc::SYS_sethostname, [name, 6, 0, 0, 0, 0])
     }),
+    // Of unshare(2) a process of several threads is told EINVAL.
     filter("user-namespace", |_| {
-        let users = c_long::from(libc::CLONE_NEWUSER);
-        call(libc::SYS_unshare, [users, 0, 0, 0, 0, 0])
+        let users = c_long::from(libc::CLONE_NEWUSER | libc::SIGCHLD);
+        call(libc::SYS_clone, [users, 0, 0, 0, 0, 0])
+    }),
+    filter("user-namespace-by-clone3", |_| {
+        clone3(libc::CLONE_NEWUSER as u64)
+    }),
+    filter("fork-by-clone3", |_| clone3(0)),
+    filter("map-executable-memory", |_| {
+        let prot = c_long::from(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC);
+        let flags = c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        call(libc::SYS_mmap, [0, 4096, prot, flags, -1, 0])
+    }),
+    filter("make-memory-executable", |_| {
+        let prot = c_long::from(libc::PROT_READ | libc::PROT_WRITE);
+        let flags = c_long::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let page = call(libc::SYS_mmap, [0, 4096, prot, flags, -1, 0])?;
+        let prot = prot | c_long::from(libc::PROT_EXEC);
+        call(libc::SYS_mprotect, [page, 4096, prot, 0, 0, 0])
+    }),
+    both("allow-core-dumps", |_| {
+        let limits = [libc::RLIM_INFINITY; 2];
+        let limits = limits.as_ptr() as c_long;
+        let core = c_long::from(libc::RLIMIT_CORE as i32);
+        call(libc::SYS_prlimit64, [0, core, limits, 0, 0, 0])
     }),
     filter("io-uring", |_| {
         let parameters = [0_u64; 16];
@@ -211,6 +278,7 @@ pub fn go(attempts: &[&[Attempt]], name: &str) -> ! {
     let socket = std::env::var("SEPAL_BREACH_SOCKET").unwrap_or_default();
     let victim = Victim {
         pid: number("SEPAL_BREACH_PID"),
+        address: number("SEPAL_BREACH_ADDRESS"),
         socket: CString::new(socket).unwrap_or_default(),
     };
     let mut all = attempts.iter().copied().flatten();
@@ -229,6 +297,7 @@ pub fn go(attempts: &[&[Attempt]], name: &str) -> ! {
 /// Somebody else on the host, for as long as a test: a process, a Unix socket, and an abstract one.
 pub struct Bystander {
     process: Child,
+    address: String,
     socket: PathBuf,
     _listeners: [UnixListener; 2],
 }
@@ -244,8 +313,13 @@ impl Bystander {
             UnixListener::bind(&socket)?,
             UnixListener::bind_addr(&SocketAddr::from_abstract_name(ABSTRACT)?)?,
         ];
+        let process = Command::new("sleep").arg("1000").spawn()?;
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", process.id()))?;
+        let first = maps.split('-').next().unwrap_or_default();
+        let address = u64::from_str_radix(first, 16).map_err(io::Error::other)?;
         Ok(Self {
-            process: Command::new("sleep").arg("1000").spawn()?,
+            process,
+            address: address.to_string(),
             socket,
             _listeners: listeners,
         })
@@ -256,6 +330,7 @@ impl Bystander {
         command
             .env("SEPAL_BREACH", attempt)
             .env("SEPAL_BREACH_PID", self.process.id().to_string())
+            .env("SEPAL_BREACH_ADDRESS", &self.address)
             .env("SEPAL_BREACH_SOCKET", &self.socket);
     }
 
@@ -307,6 +382,15 @@ pub fn call(number: c_long, a: [c_long; 6]) -> io::Result<i64> {
     } else {
         Ok(value)
     }
+}
+
+/// A process by clone3(2), with these flags.
+fn clone3(flags: u64) -> io::Result<i64> {
+    // struct clone_args: 11 words, of which the fifth is the signal of the end.
+    let mut arguments = [0_u64; 11];
+    (arguments[0], arguments[4]) = (flags, libc::SIGCHLD as u64);
+    let arguments = arguments.as_ptr() as c_long;
+    call(libc::SYS_clone3, [arguments, 88, 0, 0, 0, 0])
 }
 
 /// Opens a file.

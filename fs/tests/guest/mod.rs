@@ -167,6 +167,7 @@ fn spawn(share: &Path, starter: Option<&OwnedFd>, tell: impl FnOnce(&mut Command
             let mut command = Command::new("unshare");
             command.args([
                 "--pid",
+                "--net",
                 "--fork",
                 "--kill-child",
                 program,

@@ -1,6 +1,8 @@
 //! What is done to a device.
 
+use std::fmt;
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use crate::arena::{Arena, BUFFERS, PAGE, TABLES};
 use crate::chance::Chance;
@@ -21,6 +23,21 @@ pub struct Counts {
     pub starts: u64,
     pub notified: u64,
     pub completed: u64,
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            actions,
+            starts,
+            notified,
+            completed,
+        } = self;
+        write!(
+            f,
+            "{actions} actions, {starts} starts, {notified} notifications, {completed} completions"
+        )
+    }
 }
 
 /// One device under attack.
@@ -197,7 +214,16 @@ impl Attack {
         let before: u16 = window.read(queue.used + 2);
         window.write(index_at, window.read::<u16>(index_at).wrapping_add(more));
         self.notify(index as u16);
-        let after: u16 = window.read(queue.used + 2);
+        let mut after: u16 = window.read(queue.used + 2);
+        // Now and then it gets the time to answer.
+        let waits = if self.chance.one_in(16) { 10 } else { 0 };
+        for _ in 0..waits {
+            if after != before {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+            after = window.read(queue.used + 2);
+        }
         self.counts.completed += u64::from(after.wrapping_sub(before).min(queue.size));
     }
 
