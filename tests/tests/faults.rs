@@ -241,6 +241,22 @@ impl<'bed> Life<'bed> {
         Ok(None)
     }
 
+    /// What ran when a call of the life failed runs on.
+    fn goes_on(&self, lived: &Lived) -> Result<(), String> {
+        let Err(error) = lived else { return Ok(()) };
+        // By then both run, and nobody has been told to end.
+        if !error.starts_with("exec: ") {
+            return Ok(());
+        }
+        for id in [&self.pod, &self.member] {
+            let status = self.status(id)?;
+            if status.as_deref() != Some("RUNNING") {
+                return Err(format!("{id} is lost, {status:?}: {error}"));
+            }
+        }
+        Ok(())
+    }
+
     /// Removes what there still is, as a user would.
     fn removed(&self) -> Result<(), String> {
         let end = Instant::now() + TRUTH + self.patience;
@@ -344,6 +360,9 @@ impl Case {
             return Err(e.clone());
         }
         life.tells_the_truth()?;
+        if hurt && self.spares_the_pod() {
+            life.goes_on(&lived)?;
+        }
         life.removed()?;
         life.nothing_left()?;
         if !hurt {
@@ -351,6 +370,13 @@ impl Case {
             return Ok(Ending::NobodyToHurt);
         }
         Ok(Ending::Truly(lived.err().unwrap_or("to its end".into())))
+    }
+
+    /// Whether what runs must run on: containerd is nobody's life, and a process that is stopped for a minute
+    /// takes up where it was.
+    fn spares_the_pod(&self) -> bool {
+        let stopped = self.injury == Injury::Stop && self.victim != Victim::Agent;
+        self.victim == Victim::Containerd || stopped
     }
 
     /// Waits for the point and hurts the victim there. Answers whether there was one.
@@ -411,33 +437,46 @@ impl Case {
                 return Ok(told.ok());
             }
             (_, Injury::Kill) => {
-                sh(format!("kill -9 {pid}"));
+                let killed = sh(format!("kill -9 {pid}")).ok();
                 release();
+                return Ok(killed);
             }
             (_, Injury::Stop) => {
-                sh(format!("kill -STOP {pid}"));
+                let stopped = sh(format!("kill -STOP {pid}")).ok();
                 release();
+                if !stopped {
+                    return Ok(false);
+                }
                 std::thread::sleep(STOPPED);
                 sh(format!("kill -CONT {pid}"));
             }
             (_, Injury::Descriptors) => {
-                let most = format!("$(ls /proc/{pid}/fd | sort -n | tail -n 1)");
-                sh(format!("prlimit --pid {pid} --nofile=$(({most} + 1)):"));
+                // The limit is of numbers: the lowest that is free is the first that cannot be had.
+                let none = sh(format!(
+                    "n=0; while [ -e /proc/{pid}/fd/$n ]; do n=$((n + 1)); done; \
+                     prlimit --pid {pid} --nofile=$n:"
+                ));
                 release();
+                if !none.ok() {
+                    return Ok(false);
+                }
                 std::thread::sleep(SHORTAGE);
+                // It may have ended of it.
                 sh(format!("prlimit --pid {pid} --nofile=1024:"));
             }
             (_, Injury::Memory) => {
                 let size = format!("$(awk '/^VmSize/ {{ print $2 }}' /proc/{pid}/status)");
-                sh(format!("prlimit --pid {pid} --as=$(({size} * 1024)):"));
+                let none = sh(format!("prlimit --pid {pid} --as=$(({size} * 1024)):"));
                 release();
+                return Ok(none.ok());
             }
             (_, Injury::Space) => {
                 let size = "$(($(df -k --output=used /run | tail -n 1) + 16))k";
-                sh(format!("mount -o remount,size={size} /run"));
+                let full = "cat /dev/zero >/run/full 2>/dev/null; ! echo x >>/run/full";
+                sh(format!("mount -o remount,size={size} /run && {full}")).success();
                 release();
                 std::thread::sleep(SHORTAGE);
-                sh("mount -o remount,size=50% /run".into());
+                sh("rm /run/full && mount -o remount,size=50% /run".into()).success();
             }
         }
         Ok(true)
@@ -593,7 +632,12 @@ fn every_process_may_be_hurt_at_every_point() {
         .into_iter()
         .filter(chosen)
         .partition(Case::is_alone);
-    println!("{} cases", alone.len() + together.len());
+    let count = alone.len() + together.len();
+    println!("{count} cases");
+    assert!(
+        count >= if words.is_empty() { 200 } else { 1 },
+        "of {words:?}"
+    );
     let tally = Mutex::new(Tally::default());
     try_all(&bed, &together, bed.scaled(4, 1), &tally);
     try_all(&bed, &alone, 1, &tally);
