@@ -76,10 +76,12 @@ const fn permitted(name: &'static str, run: fn(&Victim) -> io::Result<i64>) -> A
 impl Attempt {
     /// Whether an outcome ([`outcome`]) is one that shows a wall.
     pub fn is_stopped(&self, outcome: &str) -> bool {
-        let refused = outcome.starts_with("refused");
-        let by_wall = |errno| outcome.ends_with(&format!("(os error {errno})"));
-        let is_wall = |errno| by_wall(errno) || by_wall(libc::ENOSYS);
-        !outcome.starts_with("done") && !(refused && self.only.is_some_and(|e| !is_wall(e)))
+        let by = |errno| outcome.ends_with(&format!("(os error {errno})"));
+        match self.only {
+            _ if outcome.starts_with("done") => false,
+            Some(wall) if outcome.starts_with("refused") => by(wall) || by(libc::ENOSYS),
+            _ => true,
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use std::io;
 
 use libc::c_long;
-use sepal_breach::{Attempt, HOST, at, both, call, filter, go, open, wanted};
+use sepal_breach::{Attempt, HOST, at, both, call, go, open, wanted};
 
 const VOLUME: &CStr = c"/mounted";
 

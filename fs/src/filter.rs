@@ -11,6 +11,9 @@ use seccompiler::{
     SeccompFilter, SeccompRule, TargetArch, apply_filter,
 };
 
+/// Exit status of a process that has made another call: that of its signal, as shells have it.
+pub const FORBIDDEN: i32 = 128 + libc::SIGSYS;
+
 /// Allowed with any arguments.
 const PLAIN: &[c_long] = &[
     // Files by descriptor.
@@ -102,7 +105,6 @@ const PLAIN: &[c_long] = &[
     libc::SYS_munmap,
     libc::SYS_restart_syscall,
     libc::SYS_rseq,
-    libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sched_getaffinity,
@@ -124,6 +126,8 @@ const PRCTL: [i32; 4] = [
 /// # Errors
 /// The kernel has no seccomp filters.
 pub fn install() -> anyhow::Result<()> {
+    sepal_log::forbidden::install("sepal-fs", FORBIDDEN)
+        .context("cannot handle forbidden system calls")?;
     // In this order: the second leaves no call to install another.
     let filters = program().and_then(|program| Ok([without_clone3()?, program]));
     for filter in filters.context("cannot build the filter of system calls")? {
@@ -171,13 +175,17 @@ fn program() -> anyhow::Result<BpfProgram> {
     let thread = argument(0, thread, libc::CLONE_THREAD as u64)?;
     rules.push((libc::SYS_clone, vec![thread]));
     rules.push((libc::SYS_clone3, Vec::new()));
+    // What becomes of a forbidden call stays as it is.
+    let other = Op::Ne;
+    let other = argument(0, other, libc::SIGSYS as u64)?;
+    rules.push((libc::SYS_rt_sigaction, vec![other]));
     // abort(3).
     let own_process = u64::from(std::process::id());
     rules.push((libc::SYS_tgkill, vec![argument(0, Op::Eq, own_process)?]));
 
     let filter = SeccompFilter::new(
         rules.into_iter().collect(),
-        SeccompAction::KillProcess,
+        SeccompAction::Trap,
         SeccompAction::Allow,
         TargetArch::x86_64,
     )?;

@@ -4,12 +4,12 @@
 mod guest;
 
 use std::io::Read;
-use std::os::unix::process::ExitStatusExt;
 
 use guest::{Share, attacked};
 use nix::mount::{MsFlags, mount};
 use sepal_breach::{Bystander, outcome};
 use sepal_fs::breach::ATTEMPTS;
+use sepal_fs::filter::FORBIDDEN;
 
 /// What only the filter stands before: the server is the share's root as it is the host's.
 const ONE_WALL: &str = "become-root";
@@ -64,12 +64,12 @@ fn attempt(what: &str, filter: bool, other: &Bystander) -> String {
     if let Some(outcome) = outcome(status.code(), &said) {
         return outcome;
     }
-    // unshare(1) ends as its child did.
-    assert_eq!(
-        status.signal(),
-        Some(libc::SIGSYS),
-        "{what}: {status}: {said}"
-    );
+    let call = said
+        .lines()
+        .find_map(|line| line.strip_prefix("sepal-fs: system call "));
+    let call = call.unwrap_or_else(|| panic!("{what}: {status}: {said}"));
+    assert_eq!(status.code(), Some(FORBIDDEN), "{what}: {said}");
     assert!(filter, "{what}: {said}");
-    "killed by the filter".into()
+    let name = call.split(' ').next().unwrap_or_default();
+    format!("killed at system call {name}")
 }

@@ -1,6 +1,9 @@
 //! What the processes of a pod log goes to files in the pod's directory, which is memory of the host's. A guest
 //! can have them say something as often as it likes: so the files have an end.
 
+mod calls;
+pub mod forbidden;
+
 use std::io::{self, Stderr, Write};
 use std::os::fd::AsFd;
 use std::panic;

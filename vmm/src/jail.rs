@@ -20,7 +20,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, pivot_root, setgroups, setresgid, setresuid};
-use sepal_protocol::vm::JailSpec;
+use sepal_protocol::vm::{ExitCause, JailSpec};
 
 use crate::seccomp::{self, Thread};
 
@@ -51,7 +51,8 @@ pub fn before_boot() -> Result<()> {
             .context("cannot set the limit of descriptors")?;
     }
     crate::kvm::install_kick_handler().context("cannot handle the kick signal")?;
-    seccomp::install_handler().context("cannot handle forbidden system calls")?;
+    sepal_log::forbidden::install("sepal-vmm", ExitCause::Internal.status().into())
+        .context("cannot handle forbidden system calls")?;
     crate::memory::install_bus_handler().context("cannot handle bus errors")?;
     Ok(())
 }

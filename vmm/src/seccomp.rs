@@ -1,8 +1,8 @@
 //! System calls that each kind of thread may make; any other ends the process.
 //!
 //! Filters are by number, and by argument where one call can do very different things (ioctl, prctl,
-//! socket). A call that is not allowed names itself on stderr before the process dies with
-//! the status of an internal error, so that a missing entry is found at once.
+//! socket). A call that is not allowed is named on stderr before the process dies with the status of
+//! an internal error ([`sepal_log::forbidden`]), so that a missing entry is found at once.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -12,7 +12,6 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
-use sepal_protocol::vm::ExitCause;
 
 use crate::ioctls;
 use crate::virtio::device::DeviceType;
@@ -303,55 +302,6 @@ pub fn confine(thread: Thread) -> io::Result<()> {
     programs
         .iter()
         .try_for_each(|program| seccompiler::apply_filter(program).map_err(io::Error::other))
-}
-
-/// Makes a forbidden call name itself.
-///
-/// # Errors
-/// sigaction(2).
-pub fn install_handler() -> io::Result<()> {
-    // SAFETY: an all-zero sigaction is valid; the handler is async-signal-safe (see there).
-    let done = unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_forbidden as *const () as libc::sighandler_t;
-        action.sa_flags = libc::SA_SIGINFO;
-        libc::sigemptyset(&mut action.sa_mask);
-        libc::sigaction(libc::SIGSYS, &action, std::ptr::null_mut())
-    };
-    if done < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
-extern "C" fn on_forbidden(
-    _signal: libc::c_int,
-    info: *mut libc::siginfo_t,
-    context: *mut libc::c_void,
-) {
-    // SAFETY: with SA_SIGINFO the kernel passes a valid siginfo; for SIGSYS, si_syscall lies 8
-    // bytes into its union, which begins 16 bytes into the structure (sigaction(2)).
-    let call = unsafe { info.cast::<i32>().add(6).read() };
-    // SAFETY: with SA_SIGINFO the kernel passes the interrupted thread's ucontext.
-    let second = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-    let mut second = second[libc::REG_RSI as usize] as u32;
-    let mut text =
-        *b"sepal-vmm: system call 0000 with 0x00000000 second is not allowed in this thread\n";
-    let mut rest = call.unsigned_abs();
-    for digit in text[23..27].iter_mut().rev() {
-        *digit = b'0' + (rest % 10) as u8;
-        rest /= 10;
-    }
-    for digit in text[35..43].iter_mut().rev() {
-        *digit = b"0123456789abcdef"[(second & 15) as usize];
-        second >>= 4;
-    }
-    // SAFETY: write(2) and _exit(2) are async-signal-safe; the buffer is on this stack.
-    unsafe {
-        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
-        libc::_exit(ExitCause::Internal.status().into());
-    }
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ fn attempt(what: &str, thread: &str, filters: bool, other: &Bystander) -> String
     }
     let killed = said.lines().find_map(|line| {
         let rest = line.strip_prefix("sepal-vmm: system call ")?;
-        Some(format!("killed at system call {}", rest.get(..4)?))
+        Some(format!("killed at system call {}", rest.split(' ').next()?))
     });
     killed.unwrap_or_else(|| panic!("{status}: {said}"))
 }
