@@ -73,8 +73,9 @@ test-kubernetes: build
 bench: build
 	tests/bench/run
 
-## hostile: a guest that does its worst to each of its devices, ten minutes each, beside a pod that is asked
+## hostile: pods and guests that do their worst, to what is theirs and to each device, beside a pod that is asked
 hostile: build
+	tests/hostile/neighbours
 	tests/hostile/run $(FOR)
 
 ## soak: thousands of containers and an hour of CRI calls chosen by chance; shows what grows

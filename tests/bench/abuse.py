@@ -1,5 +1,7 @@
 """What a pod that uses all it can of one thing does to its neighbour's answers."""
 
+import statistics
+
 from bed import BUSYBOX, PYTHON, RUNTIMES
 
 # Each is limited as pods of strangers are: one CPU, 256 MiB.
@@ -33,37 +35,54 @@ ABUSES = {
     "memory": "while :; do tail -c 400m /dev/zero >/dev/null; done",
     "processes": "bomb() { bomb | bomb & }; bomb; sleep 100000",
     "disk": "while :; do dd if=/dev/zero of=/volume/fill bs=1M count=256 2>/dev/null; rm /volume/fill; done",
+    "a full volume": "while :; do dd if=/dev/zero of=/small/fill bs=64k 2>/dev/null; done",
     "files": "n=0; while :; do n=$((n+1)); mkdir /volume/$n; for f in 0 1 2 3 4 5 6 7 8 9; do : >/volume/$n/$f; done; done",
     "log": "while :; do cat /etc/services /proc/cpuinfo; done",
 }
-# How long an abuse goes on before its neighbour is asked, in seconds.
+# How long an abuse goes on before its neighbour is asked, in seconds; how often each is tried; what it must have
+# had of a processor while its neighbour was asked, in seconds, to have been one.
 WARM = "3"
+ROUNDS = 3
+BUSY = 0.2
+VOLUMES = "/tmp/sepal-bench/volume", "/tmp/sepal-bench/small"
+# Made before and removed after: in the second there is no more room than that.
+PREPARE = f"mkdir -p {' '.join(VOLUMES)}; mount -t tmpfs -o size=32m small {VOLUMES[1]}"
+
+
+def limits(own):
+    """The limits of a pod by its CPU, which is its own or any."""
+    return {cpu: {**LIMITS, "cpuset_cpus": cpu} if own else LIMITS for cpu in (ABUSER, NEIGHBOUR)}
 
 
 def beside(bed, pods, kind, on):
-    """Microseconds within which 99 of 100 answers of a neighbour come beside each abuse. `on` are the limits of
-    a pod by its CPU."""
-    mounts = [{"container_path": "/volume", "host_path": "/tmp/sepal-bench/volume"}]
+    """Microseconds within which 99 of 100 answers of a neighbour come beside each abuse: the median of some rounds.
+    `on` are the limits of a pod by its CPU."""
+    bed("sh", "-ec", PREPARE)
+    mounts = [{"container_path": f"/{path.rsplit('/', 1)[1]}", "host_path": path} for path in VOLUMES]
     neighbour, sink, _, _ = pods.start(kind, PYTHON, "python3", "-u", "-c", ECHO, limits=on[NEIGHBOUR])
     address = pods.address(neighbour)
     pods.until_said(sink, "listening")
-    times = {}
-    for name, line in ABUSES.items():
-        abuser, _, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=on[ABUSER], mounts=mounts)
-        bed("sleep", WARM)
-        times[name] = float(bed.on_host(ASK, address))
-        pods.remove(abuser)
-        bed("sh", "-c", "rm -rf /tmp/sepal-bench/volume/*")
+    times = {name: [] for name in ABUSES}
+    for _ in range(ROUNDS):
+        for name, line in ABUSES.items():
+            abuser, container, _, _ = pods.start(kind, BUSYBOX, "sh", "-c", line, limits=on[ABUSER], mounts=mounts)
+            bed("sleep", WARM)
+            before = pods.cpu(container)
+            times[name].append(float(bed.on_host(ASK, address)))
+            had = pods.cpu(container) - before
+            if name != "nothing" and had < BUSY:
+                raise SystemExit(f"bench: who was to use up {name} on {kind} has used {had:.2f} s of a processor")
+            pods.remove(abuser)
+            bed("sh", "-c", f"rm -rf {' '.join(f'{path}/*' for path in VOLUMES)}")
     pods.remove(neighbour)
-    return times
+    bed("umount", VOLUMES[1])
+    return {name: statistics.median(all) for name, all in times.items()}
 
 
 def measure(bed, figures, pods):
     """Adds the figures: microseconds within which 99 of 100 answers of a neighbour come."""
-    bed("mkdir", "-p", "/tmp/sepal-bench/volume")
     for where, own in (("any CPU", False), ("CPUs of their own", True)):
-        on = {cpu: {**LIMITS, "cpuset_cpus": cpu} if own else LIMITS for cpu in (ABUSER, NEIGHBOUR)}
-        times = {kind: beside(bed, pods, kind, on) for kind in RUNTIMES}
+        times = {kind: beside(bed, pods, kind, limits(own)) for kind in RUNTIMES}
         for name in ABUSES:
             figures[f"{where}: p99 beside a pod that uses up {name}, us"] = {kind: times[kind][name] for kind in RUNTIMES}
         for name in list(ABUSES)[1:]:

@@ -21,8 +21,9 @@ begun=$(date +%s%N); pod=$({CRICTL} runp --runtime "$1" "$2")
 ready=$(date +%s%N); container=$({CRICTL} create "$pod" "$3" "$2"); {CRICTL} start "$container" >&2
 echo "$pod $container $((ready - begun)) $(($(date +%s%N) - ready))"
 """
-# $1: pods. What crictl says to each is not wanted.
-REMOVE = f"""for pod; do {{ {CRICTL} stopp "$pod" && {CRICTL} rmp "$pod"; }} >/dev/null & done; wait"""
+# $1: pods. What crictl says to each is not wanted, but whether it could.
+REMOVE = f"""all=; for pod; do {{ {CRICTL} stopp "$pod" && {CRICTL} rmp "$pod"; }} >/dev/null & all="$all $!"; done
+for one in $all; do wait $one || exit 1; done"""
 
 
 class Pods:
@@ -89,6 +90,13 @@ class Pods:
         """A pod's."""
         words = f"{CRICTL} inspectp -o go-template --template '{{{{.status.network.ip}}}}' {pod}"
         return self.bed("sh", "-c", words).strip()
+
+    def cpu(self, container):
+        """Seconds of a processor that a container has had; it has to run."""
+        told = json.loads(self.bed("sh", "-c", f"{CRICTL} stats --output json --id {container}"))
+        if len(told["stats"]) != 1:
+            raise SystemExit(f"bench: container {container} does not run any more")
+        return int(told["stats"][0]["cpu"]["usageCoreNanoSeconds"]["value"]) / 1e9
 
     def until_said(self, container, word):
         """Waits until it is in a container's log."""
