@@ -101,15 +101,15 @@ impl Pod {
         // Its node in the guest has another name, and there a device is a mount of what has its name.
         let disk = devices.first().filter(|_| users.is_some());
         let refused = refused.or(disk.map(|d| spec::Error::DiskOfUsers(d.path.clone()).into()));
-        let plan = match refused {
-            Some(refused) => Err(refused),
-            None => {
+        let plan = match refused.map_or(demand, Err) {
+            Ok(demand) => {
                 let (this, id, bundle) = (self.clone(), asked.id.clone(), asked.bundle.clone());
                 let work = move || this.plan(spec, &id, &role, &bundle);
                 let plan = tokio::task::spawn_blocking(work).await;
                 let plan = plan.unwrap_or_else(|e| Err(Error::Unfinished(e)));
-                demand.and_then(|demand| Ok((plan?, demand)))
+                plan.map(|plan| (plan, demand))
             }
+            Err(e) => Err(e),
         };
         let created = match plan {
             Ok((mut plan, demand)) => {
