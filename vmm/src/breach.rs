@@ -9,8 +9,10 @@ use sepal_breach::{Attempt, HOST, any_descriptor, both, filter, go, open, wanted
 use crate::seccomp::Thread;
 use crate::virtio::device::DeviceType;
 
-/// Threads that read what a guest has written, by their names.
-pub const THREADS: [(&str, Thread); 5] = [
+/// Threads that read what a guest has written, by their names; and the one that has the most rights, whose
+/// memory they share.
+pub const THREADS: [(&str, Thread); 6] = [
+    ("control", Thread::Control),
     ("vcpu", Thread::Vcpu),
     ("launcher", Thread::Launcher),
     ("console", Thread::Device(DeviceType::Console)),
@@ -41,6 +43,7 @@ pub const ATTEMPTS: [&[Attempt]; 2] = [HOST, OF_A_VMM];
 /// this returns: once vCPUs run, a request to the descriptor of one waits until it leaves the guest.
 pub fn start_workers() {
     for (name, thread) in THREADS {
+        // The others confine themselves elsewhere.
         if matches!(thread, Thread::Device(_)) {
             let work = move || crate::jail::confine_thread(thread);
             let started = std::thread::Builder::new().name(name.into()).spawn(work);
