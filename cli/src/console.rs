@@ -40,9 +40,7 @@ pub fn run(state: &Path, wanted: &str, follow: bool) -> anyhow::Result<ExitCode>
             match file.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(length) if to_terminal => {
-                    let mut bytes = buffer[..length].to_vec();
-                    words::disarm(&mut bytes);
-                    out.write_all(&bytes)?;
+                    out.write_all(words::disarm(&buffer[..length]).as_bytes())?;
                 }
                 Ok(length) => out.write_all(&buffer[..length])?,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

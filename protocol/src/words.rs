@@ -9,10 +9,12 @@ pub fn one_line(text: &str) -> String {
     text.chars().take(MOST).map(shown).collect()
 }
 
-/// Takes from bytes what a terminal would obey: all control characters of ASCII but for the ends of lines and
-/// tabulators. Those of Unicode are two bytes in UTF-8, of which terminals obey none.
-pub fn disarm(bytes: &mut Vec<u8>) {
-    bytes.retain(|byte| !byte.is_ascii_control() || matches!(byte, b'\n' | b'\t'));
+/// What a terminal does not obey of these bytes: all but control characters, of which the ends of lines and
+/// tabulators stay. What is no UTF-8 is shown as such: some terminals obey single bytes beyond ASCII.
+pub fn disarm(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    let shown = |c: &char| !c.is_control() || matches!(c, '\n' | '\t');
+    text.chars().filter(shown).collect()
 }
 
 #[cfg(test)]
@@ -27,8 +29,7 @@ mod tests {
 
     #[test]
     fn a_terminal_obeys_nothing_of_what_is_left() {
-        let mut bytes = b"\x1b]52;c;bHM=\x07one\r\n\ttwo \xc3\xa4\x7f\x00".to_vec();
-        disarm(&mut bytes);
-        assert_eq!(bytes, b"]52;c;bHM=one\n\ttwo \xc3\xa4");
+        let said = disarm(b"\x1b]52;c;bHM=\x07one\r\n\ttwo \xc3\xa4\x7f\x00\xc2\x9b2J\x9b2J");
+        assert_eq!(said, "]52;c;bHM=one\n\ttwo ä2J\u{fffd}2J");
     }
 }

@@ -4,10 +4,11 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::signal::Signal;
 use sepal_protocol::state::{PodState, ProcessRef};
@@ -34,12 +35,19 @@ impl Turn {
     /// Waits for it. None: there is no such directory, or no longer.
     pub async fn take(directory: &Path) -> Option<Self> {
         const AGAIN: Duration = Duration::from_millis(20);
+        let mut options = File::options();
+        options.read(true);
+        options.custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
         loop {
-            let mut file = File::open(directory).ok()?;
+            let mut file = options.open(directory).ok()?;
             let lock = loop {
                 match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                     Ok(lock) => break lock,
-                    Err((back, _)) => file = back,
+                    Err((back, Errno::EWOULDBLOCK | Errno::EINTR)) => file = back,
+                    Err((_, e)) => {
+                        tracing::error!(path = %directory.display(), "cannot lock it: {e}");
+                        return None;
+                    }
                 }
                 tokio::time::sleep(AGAIN).await;
             };
@@ -139,11 +147,13 @@ async fn kill(process: ProcessRef) -> Option<String> {
         .map(|_| format!("process {} does not die", process.pid))
 }
 
-/// Ends the pod's processes in a cgroup. Its path was given by others, who may use it too, and another pod of
-/// ours may have the same; where nobody else is there it is killed as a whole.
+/// Ends the pod's processes in a cgroup, and answers with what does not end. The cgroup's path was given by
+/// others, who may use it too, and another pod of ours may have the same; where nobody else is, nor below, it is
+/// killed as a whole.
 async fn empty(cgroup: &Path, directory: &Path) -> Vec<String> {
     let mut stays = Vec::new();
     for _ in 0..PASSES {
+        stays.clear();
         let text = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
         let all: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).collect();
         let ours: Vec<u32> = all
@@ -154,11 +164,10 @@ async fn empty(cgroup: &Path, directory: &Path) -> Vec<String> {
         if ours.is_empty() {
             break;
         }
-        if ours.len() == all.len() {
+        if ours.len() == all.len() && is_leaf(cgroup) {
             // Version 1 has no such file, and version 2 not before Linux 5.14.
             let _ = std::fs::write(cgroup.join("cgroup.kill"), "1");
         }
-        stays.clear();
         for process in ours.into_iter().filter_map(ProcessRef::of) {
             stays.extend(kill(process).await);
         }
@@ -166,8 +175,18 @@ async fn empty(cgroup: &Path, directory: &Path) -> Vec<String> {
     stays
 }
 
-/// Whether a process is a VMM or a file server of this directory's pod, by what it was started with.
+/// Whether no cgroup is below it.
+fn is_leaf(cgroup: &Path) -> bool {
+    let entries = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
+    !entries.into_iter().any(|entry| entry.path().is_dir())
+}
+
+/// Whether a process is a VMM or a file server of this directory's pod, by its name and what it was started with.
 fn is_of(pid: u32, directory: &Path) -> bool {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if !matches!(name.trim_end(), "sepal-vmm" | "sepal-fs") {
+        return false;
+    }
     let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let share = Share::of(directory);
     let (name, share) = (directory.file_name(), share.path());

@@ -2,10 +2,17 @@ use std::process::{Child, Command, Stdio};
 
 use super::*;
 
-/// A process that was started as a pod's VMM or file server is. It ends with the test, at the latest.
+/// A process that was started as a pod's VMM is. It ends with the test, at the latest.
 fn started_with(arguments: &[&str]) -> Child {
+    started_as("sepal-vmm", arguments)
+}
+
+fn started_as(name: &str, arguments: &[&str]) -> Child {
+    let programs = tempfile::tempdir().unwrap();
+    let shell = programs.path().join(name);
+    std::fs::copy("/bin/sh", &shell).unwrap();
     // What follows a script's text is its own.
-    let mut command = Command::new("sh");
+    let mut command = Command::new(shell);
     command.args(["-c", "read _; :", "sh"]).args(arguments);
     let child = command.stdin(Stdio::piped()).spawn().unwrap();
     // The kernel has its words a moment later.
@@ -34,6 +41,24 @@ fn a_process_is_of_a_pod_by_what_it_was_started_with() {
         child.kill().unwrap();
         child.wait().unwrap();
     }
+}
+
+#[test]
+fn another_program_is_not_of_a_pod_whatever_it_was_started_with() {
+    let mut child = started_as("sh", &["--pod", "n+a"]);
+    assert!(!is_of(child.id(), Path::new("/run/sepal/n+a")));
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[tokio::test]
+async fn what_is_no_directory_is_nobodys_turn() {
+    let root = tempfile::tempdir().unwrap();
+    let (link, fifo) = (root.path().join("link"), root.path().join("fifo"));
+    std::os::unix::fs::symlink(root.path(), &link).unwrap();
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(Turn::take(&link).await.is_none());
+    assert!(Turn::take(&fifo).await.is_none());
 }
 
 #[tokio::test]
