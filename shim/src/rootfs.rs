@@ -174,10 +174,10 @@ impl Share {
             };
             sys::bind(root, &rootfs, options).map_err(io("mount", root))?;
         }
-        for entry in mounts {
-            mount_root(entry, &rootfs, &self.layers().join(container))?;
+        if !mounts.is_empty() {
+            let copy = self.stage(container, mounts)?;
+            sys::attach(&copy, &rootfs).map_err(io("mount", &rootfs))?;
         }
-        sys::only_data(&rootfs).map_err(io("restrict", &rootfs))?;
         for (number, bind) in binds.iter().enumerate() {
             let target = directory.join(paths::MOUNTS).join(number.to_string());
             if bind.directory {
@@ -188,6 +188,26 @@ impl Share {
             }
         }
         Ok(())
+    }
+
+    /// Mounts a container's root file system where the file server does not see it, and makes a copy of it whose
+    /// files are data and nothing else. A mount in the share is in the server's namespace at once, by another
+    /// mount: flags that were set afterwards would not come there.
+    fn stage(&self, container: &str, mounts: &[RootMount]) -> Result<OwnedFd, Error> {
+        let stage = self.layers().join(format!("{container}+root"));
+        make_directory(&stage)?;
+        let mounted = mounts
+            .iter()
+            .try_for_each(|entry| mount_root(entry, &stage, &self.layers().join(container)));
+        let whole = BindOptions {
+            recursive: true,
+            ..BindOptions::default()
+        };
+        let copy = mounted.and_then(|()| sys::copy_of(&stage, whole).map_err(io("mount", &stage)));
+        let flags = MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW;
+        while umount2(&stage, flags).is_ok() {}
+        remove_mount_point(&stage);
+        copy
     }
 
     /// Mounts a container's volumes for the file server, which must have come to serving.

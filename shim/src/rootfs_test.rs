@@ -256,6 +256,50 @@ impl Drop for Server {
 }
 
 #[test]
+fn a_device_node_in_a_root_file_system_is_no_device_to_the_file_server() {
+    if !sys::is_root() {
+        return;
+    }
+    let pod = tempfile::tempdir().unwrap();
+    let files = Shared::new();
+    let files = files.0.path();
+    for name in ["up", "work", "lower"] {
+        std::fs::create_dir(files.join(name)).unwrap();
+    }
+    let share = Share::create(pod.path()).unwrap();
+    // It is there before the mount, as it is for all containers of a pod but the first.
+    let server = Server::of(&share);
+    let bind = RootMount {
+        kind: "bind".into(),
+        source: files.join("lower").display().to_string(),
+        options: vec!["rbind".into(), "rw".into()],
+    };
+    for (name, root) in [("c1", layers(files, &["lower"])), ("c2", bind)] {
+        share
+            .add(name, Path::new("/nonexistent"), &[root], &[])
+            .unwrap();
+        let node = server.path(&format!("/{name}/rootfs/zero"));
+        let (mode, device) = (nix::sys::stat::Mode::S_IRUSR, nix::sys::stat::makedev(1, 5));
+        nix::sys::stat::mknod(&node, nix::sys::stat::SFlag::S_IFCHR, mode, device).unwrap();
+        let opened = File::open(&node).map_err(|e| e.kind());
+        assert_eq!(opened.err(), Some(std::io::ErrorKind::PermissionDenied));
+        std::fs::remove_file(&node).unwrap();
+        let program = server.path(&format!("/{name}/rootfs/program"));
+        std::fs::copy("/bin/true", &program).unwrap();
+        let run = std::process::Command::new(&program).status();
+        assert_eq!(
+            run.map_err(|e| e.kind()).err(),
+            Some(std::io::ErrorKind::PermissionDenied)
+        );
+        std::fs::remove_file(&program).unwrap();
+        share.remove(name);
+    }
+    drop(server);
+    std::fs::remove_dir(share.path().join(".old")).unwrap();
+    share.remove_all();
+}
+
+#[test]
 fn the_host_may_mount_and_remove_in_volumes_that_follow_it_and_in_others() {
     if !sys::is_root() {
         return;

@@ -362,14 +362,6 @@ pub fn bind(source: &Path, target: &Path, options: BindOptions) -> Result<()> {
 /// server that a guest has taken over can make any device node, and must not get at the device by it.
 const ONLY_DATA: u64 = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
 
-/// Makes what is mounted at `target` data and nothing else, as copies are: no device, program or setuid file.
-///
-/// # Errors
-/// What open(2) and mount_setattr(2) say.
-pub fn only_data(target: &Path) -> Result<()> {
-    set_attributes(&open_directory(target)?.into(), false, ONLY_DATA, 0)
-}
-
 /// Makes a copy of the mount at `source` that is attached nowhere yet and belongs to no namespace, and whose
 /// files are data and nothing else.
 ///
