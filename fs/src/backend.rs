@@ -97,15 +97,21 @@ impl Backend {
         }
     }
 
-    /// Answers all requests in a queue. Answers whether there were any.
-    fn drain(&self, vring: &Vring, memory: &GuestMemoryAtomic<Memory>, event_idx: bool) -> bool {
+    /// Answers all requests in a queue. Answers whether there were any; none: the guest has broken the queue,
+    /// and there is nothing to be done before it says so again.
+    fn drain(
+        &self,
+        vring: &Vring,
+        memory: &GuestMemoryAtomic<Memory>,
+        event_idx: bool,
+    ) -> Option<bool> {
         let chains: Vec<Chain> = {
             let mut state = vring.get_mut();
             match state.get_queue_mut().iter(memory.memory()) {
                 Ok(chains) => chains.collect(),
                 Err(error) => {
                     warn!("the guest broke its queue: {error}");
-                    return false;
+                    return None;
                 }
             }
         };
@@ -127,7 +133,7 @@ impl Backend {
         if let Some(chain) = mine {
             answer(&self.service, vring, memory, chain, event_idx);
         }
-        any
+        Some(any)
     }
 }
 
@@ -300,7 +306,13 @@ impl VhostUserBackend for Backend {
         // Between the last look and asking to be told, the guest may have added one more.
         loop {
             vring.disable_notification().map_err(io::Error::other)?;
-            while self.drain(vring, &memory, true) && more_within(SPIN, vring, &memory) {}
+            loop {
+                match self.drain(vring, &memory, true) {
+                    None => return Ok(()),
+                    Some(any) if any && more_within(SPIN, vring, &memory) => {}
+                    Some(_) => break,
+                }
+            }
             if !vring.enable_notification().map_err(io::Error::other)? {
                 return Ok(());
             }

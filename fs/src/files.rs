@@ -188,6 +188,10 @@ impl FileSystem for Files {
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, mut capable: FsOptions) -> io::Result<FsOptions> {
+        if !capable.contains(FsOptions::SUBMOUNTS) {
+            // Each volume is one. virtiofsd would go on, and say so each time past the log that has an end.
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
         self.0.clear();
         if self.0.users {
             // virtiofsd creates files with a user's rights where the guest tells all of its groups, and

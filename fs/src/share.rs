@@ -17,6 +17,9 @@ use crate::volumes::Volumes;
 const RESERVED_DESCRIPTORS: u64 = 64;
 /// And this part of them for files without a name, which are ours.
 const UNNAMED_SHARE: u64 = 64;
+/// The most that it needs: each is a file that the host's kernel keeps for the guest, and the guest is asked to
+/// forget some when three quarters are taken. Hosts may allow a thousand times as many.
+const MOST_DESCRIPTORS: u64 = 1 << 20;
 /// Below this many descriptors a container could not even start.
 const LEAST_DESCRIPTORS: u64 = 512;
 /// How long the guest trusts a name or attributes before it asks again; in volumes it asks each time
@@ -38,9 +41,9 @@ pub fn raise_descriptor_limit() -> anyhow::Result<u64> {
         .ok()
         .and_then(|text| text.trim().parse().ok())
         .unwrap_or(hard);
-    let mut limit = most.max(hard);
+    let mut limit = most.max(hard).min(MOST_DESCRIPTORS);
     if setrlimit(Resource::RLIMIT_NOFILE, limit, limit).is_err() {
-        limit = hard;
+        limit = hard.min(MOST_DESCRIPTORS);
         setrlimit(Resource::RLIMIT_NOFILE, limit, limit)
             .context("cannot raise the descriptor limit")?;
     }

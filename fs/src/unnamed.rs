@@ -7,16 +7,16 @@
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
-use std::fs::{File, FileTimes, Permissions};
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, openat};
-use nix::sys::stat::{Mode, umask};
+use nix::sys::stat::{Mode, futimens, umask};
+use nix::sys::time::TimeSpec;
 use nix::unistd::linkat;
 use virtiofsd::filesystem::SetattrValid;
 use virtiofsd::fuse::{Attr, CreateIn, SetattrIn};
@@ -244,20 +244,17 @@ pub fn change(file: &File, new: &SetattrIn, valid: SetattrValid) -> io::Result<(
     if set(SetattrValid::MODE) {
         file.set_permissions(Permissions::from_mode(new.mode & 0o7777))?;
     }
-    let mut times = FileTimes::new();
-    let point = |seconds, nanos| SystemTime::UNIX_EPOCH + Duration::new(seconds, nanos);
-    if set(SetattrValid::ATIME) {
-        let now = set(SetattrValid::ATIME_NOW);
-        let then = || point(new.atime, new.atimensec % 1_000_000_000);
-        times = times.set_accessed(if now { SystemTime::now() } else { then() });
-    }
-    if set(SetattrValid::MTIME) {
-        let now = set(SetattrValid::MTIME_NOW);
-        let then = || point(new.mtime, new.mtimensec % 1_000_000_000);
-        times = times.set_modified(if now { SystemTime::now() } else { then() });
-    }
-    if set(SetattrValid::ATIME) || set(SetattrValid::MTIME) {
-        file.set_times(times)?;
+    // Seconds may be less than none, and are as the guest says: the host's kernel knows what it can keep.
+    let time = |given, now, seconds: u64, nanos: u32| match (set(given), set(now)) {
+        (false, _) => TimeSpec::UTIME_OMIT,
+        (true, true) => TimeSpec::UTIME_NOW,
+        (true, false) => TimeSpec::new(seconds.cast_signed(), (nanos % 1_000_000_000).into()),
+    };
+    let (atime, mtime) = (SetattrValid::ATIME, SetattrValid::MTIME);
+    if set(atime) || set(mtime) {
+        let atime = time(atime, SetattrValid::ATIME_NOW, new.atime, new.atimensec);
+        let mtime = time(mtime, SetattrValid::MTIME_NOW, new.mtime, new.mtimensec);
+        futimens(file, &atime, &mtime)?;
     }
     Ok(())
 }

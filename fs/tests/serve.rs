@@ -648,3 +648,61 @@ fn a_file_without_a_name_gets_one_later() {
     assert_eq!(server.descriptors(), before - 2);
     assert_eq!(guest.getattr(file.node).err(), Some(libc::EBADF));
 }
+
+#[test]
+fn times_before_1970_are_those_of_a_file_without_a_name_too() {
+    let share = Share::new();
+    let server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    let mut body = words(&[libc::O_RDWR as u32, libc::S_IFREG | 0o666, 0, 0]);
+    body.extend(names(&["/"]));
+    let made = guest.call(TMPFILE, guest.top, &body, Entry::LENGTH + 16);
+    let file = Entry::parse(&made.unwrap()).node;
+    // FATTR_MTIME; what seconds a host cannot keep it makes of them what it can.
+    for seconds in [-1, -1_000_000, i64::MIN, i64::MAX] {
+        let mut change = words(&[1 << 5, 0]);
+        change.extend(longs(&[0, 0, 0, 0, seconds as u64, 0]));
+        change.extend(words(&[0, 7, 0, 0, 0, 0, 0, 0, 0, 0]));
+        guest.call(SETATTR, file, &change, 104).unwrap();
+    }
+    let mut link = longs(&[file]);
+    link.extend(names(&["published"]));
+    let mut change = words(&[1 << 5, 0]);
+    change.extend(longs(&[0, 0, 0, 0, -5_i64 as u64, 0]));
+    change.extend(words(&[0; 10]));
+    guest.call(SETATTR, file, &change, 104).unwrap();
+    guest.call(LINK, guest.top, &link, Entry::LENGTH).unwrap();
+    let metadata = share.writable().join("published").metadata().unwrap();
+    assert_eq!(metadata.mtime(), -5);
+}
+
+#[test]
+fn a_guest_without_submounts_is_refused_in_silence() {
+    let share = Share::new();
+    let mut server = start(&share.path());
+    let mut guest = Guest::connect(&server);
+    // All flags but FUSE_SUBMOUNTS and FUSE_INIT_EXT.
+    let flags: u32 = 0x7fff_ffff & !(1 << 26) & !(1 << 27) & !(1 << 30);
+    let mut init = words(&[7, 38, 0x2_0000, flags, 0]);
+    init.extend([0; 44]);
+    for _ in 0..100 {
+        assert_eq!(guest.call(INIT, 0, &init, 64), Err(libc::EPROTO));
+    }
+    guest.disconnect();
+    let (_, said) = server.end();
+    assert!(said.len() < 4096, "{said}");
+}
+
+#[test]
+fn a_broken_ring_is_left_alone_until_the_guest_rings_again() {
+    let share = Share::new();
+    let mut server = start(&share.path());
+    let mut guest = Guest::mount(&server);
+    guest.break_ring();
+    std::thread::sleep(Duration::from_millis(300));
+    guest.disconnect();
+    let (status, said) = server.end();
+    assert!(status.success(), "{status}: {said}");
+    let complaints = said.matches("broke its queue").count();
+    assert!((1..10).contains(&complaints), "{complaints} complaints");
+}

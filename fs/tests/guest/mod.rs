@@ -437,6 +437,15 @@ impl Guest {
         slot
     }
 
+    /// Says that more is available than the queue has room for.
+    pub fn break_ring(&mut self) {
+        let beyond = self.next.wrapping_add(QUEUE + 1);
+        self.memory
+            .write_all_at(&beyond.to_le_bytes(), AVAIL + 2)
+            .unwrap();
+        self.kick.write(1).unwrap();
+    }
+
     /// The same with a descriptor table as it is; the chain begins at descriptor 0.
     pub fn submit_table(&mut self, table: &[u8]) -> u32 {
         let slot = self.offer(table);
