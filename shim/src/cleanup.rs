@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -21,6 +21,10 @@ use crate::sys;
 /// Longest wait for a killed process to be gone.
 const KILL: Duration = Duration::from_secs(5);
 
+/// How long descriptors may be wanting for the removal of what has been made, and how often it is tried.
+const SHORTAGE: Duration = Duration::from_secs(10);
+const ATTEMPTS: usize = 5;
+const PAUSE: Duration = Duration::from_secs(1);
 /// How often a cgroup is looked through for processes of ours, which make no others.
 const PASSES: usize = 5;
 
@@ -38,8 +42,17 @@ impl Turn {
         let mut options = File::options();
         options.read(true);
         options.custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW);
+        let end = Instant::now() + SHORTAGE;
         loop {
-            let mut file = options.open(directory).ok()?;
+            let mut file = match options.open(directory) {
+                Ok(file) => file,
+                // There may be one again in a moment.
+                Err(e) if is_want(&e) && Instant::now() < end => {
+                    tokio::time::sleep(AGAIN).await;
+                    continue;
+                }
+                Err(_) => return None,
+            };
             let lock = loop {
                 match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                     Ok(lock) => break lock,
@@ -99,6 +112,14 @@ impl Turn {
     }
 }
 
+/// Whether it is descriptors or memory that is wanting.
+fn is_want(error: &std::io::Error) -> bool {
+    let code = error.raw_os_error();
+    [libc::EMFILE, libc::ENFILE, libc::ENOMEM]
+        .map(Some)
+        .contains(&code)
+}
+
 fn is_at(file: &File, path: &Path) -> bool {
     let id = |about: std::fs::Metadata| (about.dev(), about.ino());
     let there = std::fs::symlink_metadata(path).map(id).ok();
@@ -107,11 +128,19 @@ fn is_at(file: &File, path: &Path) -> bool {
 
 /// [`Turn::remove`] with the state that is in the directory. What stays is in the log.
 pub async fn pod(directory: &Path) {
-    if let Some(turn) = Turn::take(directory).await {
+    for _ in 0..ATTEMPTS {
+        let Some(turn) = Turn::take(directory).await else {
+            return;
+        };
         let state = PodState::load(directory).ok();
-        for what in turn.remove(state).await {
+        let stays = turn.remove(state).await;
+        if stays.is_empty() {
+            return;
+        }
+        for what in stays {
             tracing::error!(path = %directory.display(), "cannot be removed: {what}");
         }
+        tokio::time::sleep(PAUSE).await;
     }
 }
 
