@@ -52,7 +52,7 @@ fn main() -> ExitCode {
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("sepal-fs: {error:#}");
+            sepal_log::say(format_args!("sepal-fs: {error:#}"));
             ExitCode::FAILURE
         }
     }

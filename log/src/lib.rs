@@ -4,6 +4,7 @@
 mod calls;
 pub mod forbidden;
 
+use std::fmt;
 use std::io::{self, Stderr, Write};
 use std::os::fd::AsFd;
 use std::panic;
@@ -54,6 +55,11 @@ pub fn stderr() -> &'static Bounded<Stderr> {
     &LOG
 }
 
+/// Says a line on standard error, if it can be said: eprintln! panics where it cannot.
+pub fn say(line: fmt::Arguments<'_>) {
+    let _ = writeln!(stderr(), "{line}");
+}
+
 /// Has the log remember this process's first panic. One in a thread that serves a guest is survived, and what
 /// the guest has the process say next must not take the only word of it away.
 pub fn keep_panic() {
@@ -66,7 +72,8 @@ pub fn keep_panic() {
     }));
 }
 
-/// One line each time; those of different threads stay whole.
+/// One line each time; those of different threads stay whole. A line for which there is no room is lost and no
+/// error: whoever hears of one tries to say so in the same place, and panics when that fails.
 impl<F: AsFd> Write for &Bounded<F> {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let length = line.len() as u64;
@@ -74,13 +81,14 @@ impl<F: AsFd> Write for &Bounded<F> {
         if before + length > MOST {
             self.written.store(length, Ordering::Relaxed);
             if ftruncate(&self.out, 0).is_ok() {
-                write(&self.out, BEGINS)?;
+                let _ = write(&self.out, BEGINS);
                 if let Some(kept) = self.kept.get() {
-                    write(&self.out, kept)?;
+                    let _ = write(&self.out, kept);
                 }
             }
         }
-        Ok(write(&self.out, line)?)
+        let _ = write(&self.out, line);
+        Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -148,6 +156,12 @@ mod tests {
             "{kept}"
         );
         assert_eq!(kept.len(), KEPT + 1);
+    }
+
+    #[test]
+    fn a_line_for_which_there_is_no_room_is_no_error() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        writeln!(&Bounded::new(full), "words").unwrap();
     }
 
     #[test]

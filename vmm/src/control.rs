@@ -97,7 +97,7 @@ impl Control {
         self.vm.stop();
         if end.cause != ExitCause::PowerOff {
             for line in self.vm.log.tail().iter().rev().take(20).rev() {
-                eprintln!("guest: {line}");
+                sepal_log::say(format_args!("guest: {line}"));
             }
         }
         // The process ends now, and the host's kernel takes everything apart at once; unwiring each

@@ -176,7 +176,7 @@ fn run(
     }
     match end.cause {
         ExitCause::PowerOff => tracing::info!("{}", end.message),
-        _ => eprintln!("sepal-vmm: {}", end.message),
+        _ => sepal_log::say(format_args!("sepal-vmm: {}", end.message)),
     }
     end.cause
 }
@@ -184,7 +184,7 @@ fn run(
 /// Tells why there is no VM, to the shim and to whoever reads stderr.
 fn refuse(socket: Option<&OwnedFd>, error: &anyhow::Error) -> ExitCause {
     let message = format!("{error:#}");
-    eprintln!("sepal-vmm: {message}");
+    sepal_log::say(format_args!("sepal-vmm: {message}"));
     if let Some(socket) = socket {
         // If the shim has gone there is nobody to tell.
         let _ = send(socket, &Response::Error { message }, &[]);
@@ -219,7 +219,7 @@ fn probe() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("sepal-vmm: {error}");
+            sepal_log::say(format_args!("sepal-vmm: {error}"));
             ExitCode::from(ExitCause::Refused.status())
         }
     }
