@@ -128,7 +128,7 @@ fn description(command: &[String], terminal: bool) -> anyhow::Result<Vec<u8>> {
     Ok(serde_json::to_vec(&process)?)
 }
 
-/// What the agent answers is told as it is.
+/// What the agent answers, on one line.
 fn told(error: ttrpc::Error) -> anyhow::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => anyhow::anyhow!("{}", one_line(status.message())),

@@ -42,7 +42,7 @@ pub enum Error {
     Announcement(serde_json::Error),
     #[error("the guest refused the connection to port {port}")]
     Refused { port: u32 },
-    /// What the agent answers is told as it is: it names the cause.
+    /// What the agent answers is told, on one line: it names the cause.
     #[error("{}", message(.source))]
     Call {
         call: &'static str,

@@ -243,17 +243,17 @@ impl Cgroup {
     /// Moves this process out again and removes the directories. What is not there is no error. Answers with
     /// those that stay though nobody uses them.
     pub fn remove(&self) -> Vec<PathBuf> {
-        let me = std::process::id().to_string();
+        let me = std::process::id();
         let mut stays = Vec::new();
         for directory in &self.directories {
             if !directory.exists() {
                 continue;
             }
             // Only the root takes processes whatever controllers its children have.
-            if in_cgroup(directory, &me)
+            if processes(directory).contains(&me)
                 && let Some(root) = hierarchy_root(directory)
             {
-                let _ = std::fs::write(root.join("cgroup.procs"), &me);
+                let _ = std::fs::write(root.join("cgroup.procs"), me.to_string());
             }
             if !remove_directory(directory) && !is_in_use(directory) {
                 stays.push(directory.clone());
@@ -263,17 +263,21 @@ impl Cgroup {
     }
 }
 
-/// Whether a process, or a cgroup of somebody's, is in it.
-fn is_in_use(directory: &Path) -> bool {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let mut directories = entries.filter(|entry| entry.path().is_dir());
-    let processes = std::fs::read_to_string(directory.join("cgroup.procs"));
-    directories.next().is_some() || processes.is_ok_and(|text| !text.is_empty())
+/// The processes in a cgroup; none in one that is not there.
+pub(crate) fn processes(directory: &Path) -> Vec<u32> {
+    let text = std::fs::read_to_string(directory.join("cgroup.procs")).unwrap_or_default();
+    text.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
-fn in_cgroup(directory: &Path, pid: &str) -> bool {
-    std::fs::read_to_string(directory.join("cgroup.procs"))
-        .is_ok_and(|text| text.lines().any(|line| line == pid))
+/// Whether no cgroup is below it.
+pub(crate) fn is_leaf(directory: &Path) -> bool {
+    let mut entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    !entries.any(|entry| entry.path().is_dir())
+}
+
+/// Whether a process, or a cgroup of somebody's, is in it.
+fn is_in_use(directory: &Path) -> bool {
+    !is_leaf(directory) || !processes(directory).is_empty()
 }
 
 fn hierarchy_root(directory: &Path) -> Option<PathBuf> {

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use sepal_protocol::state::{PodState, ProcessRef};
 use tokio::io::Interest;
 
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::rootfs::{self, Share};
 use crate::sys;
 
@@ -183,17 +183,13 @@ async fn empty(cgroup: &Path, directory: &Path) -> Vec<String> {
     let mut stays = Vec::new();
     for _ in 0..PASSES {
         stays.clear();
-        let text = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
-        let all: Vec<u32> = text.lines().filter_map(|line| line.parse().ok()).collect();
-        let ours: Vec<u32> = all
-            .iter()
-            .copied()
-            .filter(|pid| is_of(*pid, directory))
-            .collect();
+        let all = cgroup::processes(cgroup);
+        let mut ours = all.clone();
+        ours.retain(|pid| is_of(*pid, directory));
         if ours.is_empty() {
             break;
         }
-        if ours.len() == all.len() && is_leaf(cgroup) {
+        if ours == all && cgroup::is_leaf(cgroup) {
             // Version 1 has no such file, and version 2 not before Linux 5.14.
             let _ = std::fs::write(cgroup.join("cgroup.kill"), "1");
         }
@@ -202,12 +198,6 @@ async fn empty(cgroup: &Path, directory: &Path) -> Vec<String> {
         }
     }
     stays
-}
-
-/// Whether no cgroup is below it.
-fn is_leaf(cgroup: &Path) -> bool {
-    let entries = std::fs::read_dir(cgroup).into_iter().flatten().flatten();
-    !entries.into_iter().any(|entry| entry.path().is_dir())
 }
 
 /// Whether a process is a VMM or a file server of this directory's pod, by its name and what it was started with.

@@ -127,11 +127,10 @@ impl Pod {
     /// Publishes what happens in the guest.
     pub(crate) async fn hear_events(self: Arc<Self>, up: Arc<Up>) {
         let empty = messages::Empty::default();
-        let mut first = true;
+        let mut pace = tokio::time::interval(EVENT_PAUSE);
+        pace.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
-            if !std::mem::take(&mut first) {
-                tokio::time::sleep(EVENT_PAUSE).await;
-            }
+            pace.tick().await;
             let event = match self.call(&up, up.agent.next_event(&empty)).await {
                 Ok(event) => event,
                 Err(Error::VmGone { .. }) => return,
